@@ -1,0 +1,72 @@
+"""The name of every file inside a run directory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """One run's folder. Nothing here creates it; writers do."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe: `shardforge train RUN_DIR/recipe.yaml` rebuilds the run."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def origins(self) -> Path:
+        """JSON: field -> file:line:column where its value came from."""
+        return self.path / "origins.json"
+
+    @property
+    def provenance(self) -> Path:
+        """JSON: code version, package versions, data fingerprint, seed, hosts; one entry per start."""
+        return self.path / "provenance.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the first rank of a living run."""
+        return self.path / "lock"
+
+    @property
+    def stop(self) -> Path:
+        """Touch this file to ask a living run to save and stop."""
+        return self.path / "STOP"
+
+    @property
+    def stopped(self) -> Path:
+        """JSON verdict of the last stop: state, step, reason; written after the last save."""
+        return self.path / "stopped.json"
+
+    @property
+    def failure(self) -> Path:
+        """JSON of the first rank that failed in this start."""
+        return self.path / "failure.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def plot(self) -> Path:
+        return self.path / "loss.png"
+
+    @property
+    def wandb(self) -> Path:
+        return self.path / "wandb"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"

@@ -1,0 +1,67 @@
+"""What an observer sees. It reads reports; it cannot change the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """One finished step, equal on every rank but for the times and the memory, which are of the reporting rank."""
+
+    step: int  # steps finished, this one included
+    steps: int  # steps of the whole run
+    loss: float  # nats per scored token, over the whole batch
+    terms: Mapping[str, float] = field(default_factory=dict)  # parts of the objective beside the loss (z_loss)
+    grad_norm: float = 0.0  # before clipping
+    lr: float = 0.0
+    tokens: int = 0  # scored and unscored tokens of this step, over all ranks
+    tokens_seen: int = 0  # tokens since step 0
+    seconds: float = 0.0  # wall time of this step
+    data_seconds: float = 0.0  # of these, waiting for the batch
+    save_seconds: float = 0.0  # of these, standing still for a checkpoint
+    model_flops: float = 0.0  # FLOP of forward and backward of the model, over all ranks, without recompute
+    peak_flops: float = 0.0  # FLOP/s that all devices together reach in plain matmul; 0 when unknown
+    memory_bytes: int = 0  # device memory, or resident memory on CPU
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalReport:
+    """A held-out evaluation after `step` steps."""
+
+    step: int
+    loss: float  # nats per scored token
+    tokens: int  # scored tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInfo:
+    """What is known before the first step."""
+
+    name: str
+    path: Path  # the run directory
+    layout: str  # "dp2-tp2"
+    world_size: int
+    weights: int  # trained numbers of the whole model
+    steps: int
+    first_step: int  # > 0 when resumed
+    recipe: Mapping[str, Any]  # resolved recipe as plain data
+
+
+class Observer(Protocol):
+    """Lives on the first rank only. Each call must return quickly."""
+
+    def on_start(self, info: RunInfo) -> None: ...
+
+    def on_step(self, report: StepReport) -> None: ...
+
+    def on_eval(self, report: EvalReport) -> None: ...
+
+    def on_checkpoint(self, step: int, path: Path) -> None: ...
+
+    def on_end(self, verdict: str) -> None:
+        """verdict: "finished", "stopped" or "failed"."""
+        ...

@@ -1,0 +1,1 @@
+"""Kernels of ShardForge: torch and triton only, nothing of the framework. Each kernel has its reference beside it."""
