@@ -1,3 +1,3 @@
 from shardforge.cli.main import main
 
-main()
+raise SystemExit(main())

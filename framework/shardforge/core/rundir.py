@@ -64,6 +64,11 @@ class RunDir:
         return self.path / "loss.png"
 
     @property
+    def samples(self) -> Path:
+        """Text written by the trained model; the report shows it."""
+        return self.path / "samples.txt"
+
+    @property
     def wandb(self) -> Path:
         return self.path / "wandb"
 

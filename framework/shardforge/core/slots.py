@@ -33,7 +33,7 @@ class Slot:
                     "rename one of them",
                 )
             self._kinds[kind] = config
-            config.kind = kind
+            config.kind = kind  # type: ignore[attr-defined]
             return config
 
         return keep

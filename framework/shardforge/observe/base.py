@@ -49,6 +49,7 @@ class RunInfo:
     steps: int
     first_step: int  # > 0 when resumed
     recipe: Mapping[str, Any]  # resolved recipe as plain data
+    unigram_entropy: float | None = None  # nats per token: the loss of a model that knows token frequencies only
 
 
 class Observer(Protocol):

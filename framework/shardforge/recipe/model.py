@@ -38,6 +38,7 @@ class ModelConfig:
     stack: tuple[str, ...] = option(REQUIRED, "order of the blocks from the first layer on, like [dense, moe x 26]")
     norm: Norm = option("rmsnorm", "the norm before the head")
     head: Head = option("linear", "vectors to logits")
+    dropout: float = option(0.0, "share of the embedded vectors set to zero in training", at_least=0, at_most=0.99)
     core: Core = option("auto", "how attention is computed; the result is the same for each")
     init: InitConfig = option(InitConfig(), "how weights start")
 

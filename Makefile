@@ -1,0 +1,51 @@
+# Needs Python 3.11 or newer with pip, and a C compiler; everything else goes into .venv.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PIP_FLAGS ?=
+
+venv := .venv/bin/python
+pip := $(venv) -m pip install --quiet $(PIP_FLAGS) -c tools/dev/constraints.txt
+threads := OMP_NUM_THREADS=1
+described := pyproject.toml tools/dev/constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help pretrain test check lint wheel clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
+
+pretrain: .venv/.stamp-run ## train a small model on two processes: data, stop, resume, samples, report
+	@$(venv) tools/pretrain.py
+
+test: .venv/.stamp-test ## every test that needs no GPU
+	@$(threads) $(venv) -m pytest tests --durations=15
+
+check: .venv/.stamp-test ## the one command before a commit: format, imports, sizes, types, fast tests
+	@tools/dev/check
+
+lint: .venv/.stamp-test ## format the code and mend what ruff can mend
+	@$(venv) -m ruff format .
+	@$(venv) -m ruff check --fix .
+
+wheel: .venv/.stamp-test ## dist/shardforge-*.whl, recipes and Slurm templates inside
+	@rm -rf build dist
+	@$(venv) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/*.whl
+
+clean: ## remove what make made, .venv included; runs/ and data/ stay
+	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find framework kernels tools tests -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "ShardForge needs Python 3.11 or newer; $(PYTHON) is older. Try: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+# torch comes first and by exact version, so that pip never looks at another build of it.
+.venv/.stamp-run: .venv/bin/pip $(described)
+	$(pip) pip setuptools torch
+	$(pip) --no-build-isolation -e .
+	@touch $@
+
+.venv/.stamp-test: .venv/.stamp-run
+	$(pip) --no-build-isolation -e '.[dev]'
+	@touch $@

@@ -1,0 +1,140 @@
+"""Write safetensors files one block at a time, hashed on the way, and small files that are whole or absent."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+BLOCK_BYTES = 1 << 24
+
+TYPES: dict[str, tuple[torch.dtype, str]] = {
+    "float64": (torch.float64, "F64"),
+    "int64": (torch.int64, "I64"),
+    "float32": (torch.float32, "F32"),
+    "int32": (torch.int32, "I32"),
+    "float16": (torch.float16, "F16"),
+    "bfloat16": (torch.bfloat16, "BF16"),
+    "int16": (torch.int16, "I16"),
+    "float8_e4m3fn": (torch.float8_e4m3fn, "F8_E4M3"),
+    "float8_e5m2": (torch.float8_e5m2, "F8_E5M2"),
+    "int8": (torch.int8, "I8"),
+    "uint8": (torch.uint8, "U8"),
+    "bool": (torch.bool, "BOOL"),
+}
+"""Number types a checkpoint can hold: our name -> torch type, name in a safetensors header."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor to be written: `read` brings its numbers when their turn comes."""
+
+    key: str
+    dtype: str  # a key of TYPES
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * TYPES[self.dtype][0].itemsize
+
+
+@dataclass(frozen=True)
+class Written:
+    """A finished file."""
+
+    file: str
+    bytes: int
+    sha256: str
+
+
+def type_name(dtype: torch.dtype) -> str:
+    """torch.float32 -> "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def write_tensors(path: Path, parts: Sequence[Part]) -> Written:
+    """Write `parts` as one safetensors file on the disk itself (fsync); holds one tensor's copy at most in memory.
+
+    The hash is of the bytes as they left memory, so that a later audit sees what the disk did to them.
+    """
+    parts = sorted(parts, key=lambda part: -TYPES[part.dtype][0].itemsize)  # keeps every tensor aligned in the file
+    header: dict[str, object] = {}
+    start = 0
+    for part in parts:
+        end = start + part.bytes
+        header[part.key] = {"dtype": TYPES[part.dtype][1], "shape": part.shape, "data_offsets": (start, end)}
+        start = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("xb") as file, ThreadPoolExecutor(1, "checkpoint-hash") as hasher:
+        for block in (len(text).to_bytes(8, "little") + text, *_blocks(parts)):
+            hashed = hasher.submit(digest.update, block)
+            put(file, block)
+            hashed.result()
+        _settle(file)
+    return Written(path.name, 8 + len(text) + start, digest.hexdigest())
+
+
+def put(file: BinaryIO, block: bytes | memoryview) -> None:
+    """The one place where tensor bytes go to the disk; tests make it fail."""
+    file.write(block)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a small file that is there completely or not at all, whenever the process or the machine dies."""
+    beside = path.with_name(f".{path.name}.part")
+    with beside.open("wb") as file:
+        file.write(content)
+        _settle(file)
+    os.replace(beside, path)
+    settle_folder(path.parent)
+
+
+def settle_folder(path: Path) -> None:
+    """Make new names in a folder survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[object]:
+    """A safetensors file mapped into memory; slices read only their own pages."""
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt", device="cpu") as file:
+        yield file
+
+
+def _blocks(parts: Sequence[Part]) -> Iterator[memoryview]:
+    for part in parts:
+        tensor = part.read().detach()
+        found = type_name(tensor.dtype), tuple(tensor.shape)
+        assert found == (part.dtype, part.shape), f"{part.key}: planned {part.dtype}{part.shape}, found {found}"
+        raw = memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        for start in range(0, len(raw), BLOCK_BYTES):
+            yield raw[start : start + BLOCK_BYTES]
+
+
+def _settle(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())

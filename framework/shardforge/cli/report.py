@@ -1,0 +1,23 @@
+"""shardforge report RUN_DIR [RUN_DIR...]"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "write a report of one or several runs that opens without a network, and a picture of the loss"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", metavar="RUN_DIR", nargs="+", type=Path, help="folder of a run; several are overlaid")
+    parser.add_argument(
+        "--output", metavar="FILE", type=Path, help="the HTML file; default RUN_DIR/report.html of the first run"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from shardforge.observe.report import write
+
+    report, picture = write(args.runs, args.output)
+    print(f"report   {report}\npicture  {picture}")
+    return 0

@@ -1,0 +1,31 @@
+"""The one list of passes over a finished single-device model, in the order in which they must run."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from shardforge.parallel import compile as compile_pass
+from shardforge.parallel import fully_shard, recompute, tensor
+from shardforge.parallel.mesh import Mesh
+from shardforge.parallel.recompute import Recompute
+
+
+def apply(
+    model: nn.Module,
+    mesh: Mesh,
+    mixed: MixedPrecisionPolicy,
+    *,
+    recomputed: Recompute,
+    compiled: bool,
+    resharded: bool,
+) -> None:
+    tensor.apply(model, mesh)  # first: it decides what each rank's weights are
+    recompute.apply(model, recomputed)  # inside compile and FSDP: a recomputed block gathers its weights once more
+    compile_pass.apply(model, compiled)  # before FSDP, whose hooks stay outside the compiled code
+    if mesh.layout.world_size > 1 or mixed.param_dtype is not None:
+        fully_shard.apply(model, mesh, mixed, resharded=resharded)  # last: it wraps what the others made
+
+
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}

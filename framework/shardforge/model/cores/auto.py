@@ -1,0 +1,44 @@
+"""The fastest core that this machine and this model allow; which one and why is logged once.
+
+Paper: none; a choice among the other kinds.
+Changes: nothing; all cores compute the same function.
+Cost: of the core chosen.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from shardforge.core.log import logger
+from shardforge.core.optional import installed
+from shardforge.core.slots import cores
+from shardforge.model.attention import AttentionCore
+from shardforge.nn.sequence import Mask
+
+
+@cores.register("auto")
+@dataclass(frozen=True, kw_only=True)
+class AutoConfig:
+    def build(self, mask: Mask, scale: float) -> AttentionCore:
+        kind, reason = choose(torch.cuda.is_available(), installed("flash_attn_2_cuda"), installed("triton"))
+        _tell(kind, reason)
+        return cores[kind]().build(mask, scale)
+
+
+def choose(cuda: bool, flash: bool, triton: bool) -> tuple[str, str]:
+    """(kind, reason)."""
+    if not cuda:
+        return "sdpa", "no CUDA device; torch's fused attention is the fastest that trains on CPU"
+    if flash:
+        return "flash", "CUDA device and flash-attn are here"
+    if triton:
+        return "flex", "CUDA device without flash-attn; FlexAttention skips what the mask hides"
+    return "sdpa", "CUDA device without flash-attn and without triton"
+
+
+@functools.cache
+def _tell(kind: str, reason: str) -> None:
+    logger("model").info("attention core: %s (%s)", kind, reason)

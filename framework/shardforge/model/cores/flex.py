@@ -1,0 +1,62 @@
+"""FlexAttention: the mask is a function, blocks of positions that see nothing are skipped.
+
+Paper: Dong et al. 2024, "Flex Attention", arXiv:2412.05496.
+Changes: fused and block-sparse; compiled on CUDA.
+Cost: blocks of 128 x 128 visible pairs only.
+Limits: torch has no backward for it on CPU, so there it serves evaluation only.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shardforge.core.errors import EngineError
+from shardforge.core.slots import cores
+from shardforge.model.attention import AttentionCore
+from shardforge.nn.sequence import Mask, Sequence
+
+
+@cores.register("flex")
+@dataclass(frozen=True, kw_only=True)
+class FlexConfig:
+    def build(self, mask: Mask, scale: float) -> Flex:
+        return Flex(mask, scale)
+
+
+class Flex(AttentionCore):
+    def prepare(self, seq: Sequence) -> None:
+        seq.prepare(("flex", self.mask), lambda: self.block_mask(seq))
+
+    def block_mask(self, seq: Sequence):
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        pos, doc, mask = seq.positions, seq.documents, self.mask
+
+        def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return (doc[b, q] == doc[b, k]) & mask.visible(pos[b, q], pos[b, k])
+
+        rows, length = pos.shape
+        return create_block_mask(sees, rows, None, length, length, device=str(pos.device))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence) -> Tensor:
+        if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
+            raise EngineError(
+                "FlexAttention has no backward on CPU", "model.core", "train with model.core: auto, sdpa or eager"
+            )
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        y = _attend(q.device.type)(
+            q, k, v, block_mask=seq.tables["flex", self.mask], scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return y.transpose(1, 2)
+
+
+@functools.cache
+def _attend(device: str):
+    """The flex kernel: compiled where it trains, eager on CPU."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False) if device == "cuda" else flex_attention

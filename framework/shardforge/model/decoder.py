@@ -1,0 +1,42 @@
+"""Tokens to vectors, blocks, norm, head. A pipeline stage has some of these; the others are None."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from shardforge.core.dims import Dim
+from shardforge.model.block import Block
+from shardforge.model.context import BuildContext
+from shardforge.nn.dropout import Dropout
+from shardforge.nn.sequence import Sequence
+from shardforge.recipe.model import ModelConfig
+
+
+class Decoder(nn.Module):
+    """With labels it returns the objective's sums, without them logits (or the stream, in mid-pipeline)."""
+
+    def __init__(self, cfg: ModelConfig, objective: nn.Module):
+        super().__init__()
+        ctx = BuildContext(Dim("hidden", cfg.hidden), Dim("vocab", cfg.vocab), len(cfg.layers), cfg.init, cfg.core)
+        self.embed = cfg.embedding.build(ctx)
+        self.dropout = Dropout(cfg.dropout, "embed")
+        self.blocks = nn.ModuleDict(
+            {str(layer): Block(cfg.blocks[name], ctx.at(layer)) for layer, name in enumerate(cfg.layers)}
+        )
+        self.norm = cfg.norm.build(ctx.hidden)
+        self.head = cfg.head.build(ctx, self.embed)
+        self.objective = objective
+
+    def forward(self, x: Tensor, seq: Sequence, labels: Tensor | None = None) -> Tensor | dict[str, Tensor]:
+        """x: tokens [b, s], or the stream [b, s, h] in mid-pipeline; labels [b, s]."""
+        for module in self.modules():
+            if prepare := getattr(module, "prepare", None):
+                prepare(seq)
+        if self.embed is not None:
+            x = self.dropout(self.embed(x, seq), seq)
+        for block in self.blocks.values():
+            x = block(x, seq)
+        if self.head is None:
+            return x
+        x = self.norm(x)
+        return self.head(x) if labels is None else self.objective(x, self.head, labels)

@@ -1,0 +1,48 @@
+"""FLOP of a model, from the weights it declares and the pairs its mixers score. No second formula per variant."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from shardforge.core.dims import role
+from shardforge.nn.head import Head
+from shardforge.nn.linear import Linear
+from shardforge.nn.module import Declared, declared, tagged
+
+
+def weights(model: nn.Module) -> int:
+    """Numbers in all weights, over all ranks; tied weights once."""
+    return sum(item.count for item in declared(model))
+
+
+def matmul_weights(model: nn.Module) -> int:
+    """Weights that meet every token in a matrix product: matrices, and the head's table even when it is tied."""
+    inside = sum(item.count for item in declared(model) if isinstance(item.module, Linear) and _is_matrix(item))
+    return inside + sum(_head_size(head, model) for head in tagged(model, "head"))
+
+
+def forward_flops(model: nn.Module, length: int, *, masked: bool = True) -> float:
+    """FLOP of one forward pass over one sequence of `length` tokens that is a single document.
+
+    `masked` counts only the pairs that a mask shows; otherwise all length^2, as a dense kernel computes them.
+    """
+    total = 2.0 * matmul_weights(model) * length
+    for mixer in tagged(model, "mixer"):
+        pairs = mixer.core.mask.keys(length) if masked else length * length
+        total += mixer.core_flops(pairs)
+    return total
+
+
+def step_flops(model: nn.Module, length: int) -> float:
+    """FLOP of forward and backward per sequence: the backward pass of each product is two products."""
+    return 3.0 * forward_flops(model, length)
+
+
+def _is_matrix(item: Declared) -> bool:
+    return item.name == "weight" and role(item.dims) == "matrix"
+
+
+def _head_size(head: nn.Module, model: nn.Module) -> int:
+    assert isinstance(head, Head)
+    shape = head.operand().shape
+    return shape[0] * shape[1]

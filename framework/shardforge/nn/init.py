@@ -1,0 +1,67 @@
+"""How weights start: value = f(seed, full name, index), the same on every layout; a rank draws only what it holds."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+
+from shardforge.nn import counter
+from shardforge.nn.module import Init, declared
+
+CHUNK = 1 << 24
+"""Elements drawn at a time: bounds the temporary int64 indices to 128 MiB."""
+
+
+def constant(value: float) -> Init:
+    return lambda key, index, dtype: torch.full(index.shape, value, dtype=dtype, device=index.device)
+
+
+ones = constant(1.0)
+zeros = constant(0.0)
+
+
+def normal(std: float) -> Init:
+    return lambda key, index, dtype: counter.normal(key, index, dtype).mul_(std)
+
+
+def held(weight: Tensor) -> list[Tensor]:
+    """For each dimension of a weight, the global indices that this rank holds (int64)."""
+    if not isinstance(weight, DTensor):
+        return [torch.arange(size, device=weight.device) for size in weight.shape]
+    out = []
+    for dim, size in enumerate(weight.shape):
+        places = [_on_vector(place, dim) for place in weight.placements]
+        whole = torch.arange(size, device=weight.device)
+        out.append(distribute_tensor(whole, weight.device_mesh, places, src_data_rank=None)._local_tensor)
+    return out
+
+
+def _on_vector(place: Placement, dim: int) -> Placement:
+    """What `place` does to dimension `dim`, as a placement of a vector as long as that dimension."""
+    if getattr(place, "dim", None) != dim:
+        return Replicate()
+    if hasattr(place, "split_factor"):  # FSDP over a dimension that tp splits too
+        return type(place)(0, split_factor=place.split_factor)
+    return Shard(0)
+
+
+@torch.no_grad()
+def fill(model: nn.Module, seed: int) -> None:
+    """Initialise every declared weight in place. Weights must be on a real device."""
+    for item in declared(model):
+        weight = item.weight
+        piece = weight._local_tensor if isinstance(weight, DTensor) else weight
+        stride = [math.prod(weight.shape[dim + 1 :]) for dim in range(weight.dim())]
+        rows, *columns = [index * step for index, step in zip(held(weight), stride, strict=True)]
+        inner = torch.zeros(1, dtype=torch.int64, device=piece.device)
+        for column in columns:
+            inner = (inner[:, None] + column).flatten()
+        key = counter.key(seed, item.fqn)
+        step = max(1, CHUNK // max(1, inner.numel()))
+        for start in range(0, rows.numel(), step):
+            index = rows[start : start + step, None] + inner
+            target = piece[start : start + step]
+            target.copy_(item.init(key, index, piece.dtype).view_as(target))

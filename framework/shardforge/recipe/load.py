@@ -1,0 +1,94 @@
+"""The way in: a name or a path becomes a checked recipe whose every value knows where it was written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import shardforge
+from shardforge.core.errors import Problems, RecipeError, suggest
+from shardforge.recipe.build import build, in_order
+from shardforge.recipe.rules import check
+from shardforge.recipe.schema import Recipe
+from shardforge.recipe.tree import Node, Origin, override, read, wrap
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A recipe and its sources. `origins` has one entry for each leaf; a default has the origin "default"."""
+
+    recipe: Recipe
+    origins: Mapping[str, Origin]
+    tree: Node
+    path: Path | None
+
+
+def load(name_or_path: str | Path, sets: Sequence[str] = ()) -> Loaded:
+    """The recipe of a file, a run directory or a shipped name, with `sets` like "optim.lr=0.001" put over it.
+
+    Problems lists everything that is wrong at once; RecipeError is for a file that is not there or is not YAML.
+    """
+    path = find(name_or_path)
+    tree, problems = read(path, lambda name: _named(name, (shipped(),)))
+    return _finish(tree, problems, sets, path)
+
+
+def from_mapping(mapping: Mapping[str, Any], sets: Sequence[str] = ()) -> Loaded:
+    """The recipe that a Python mapping describes; configs may stand in it as instances."""
+    return _finish(wrap(mapping, Origin("from_mapping")), [], sets, None)
+
+
+def _finish(tree: Node, problems: list[RecipeError], sets: Sequence[str], path: Path | None) -> Loaded:
+    for text in sets:
+        try:
+            tree = override(tree, text)
+        except RecipeError as error:
+            problems.append(error)
+    if path is not None and "name" not in tree.value:
+        tree = replace(tree, value={"name": Node(path.stem, Origin("default: file name")), **tree.value})
+    recipe, origins = build(Recipe, tree, problems)
+    broken = check(recipe, origins)
+    if broken:
+        raise Problems(in_order(broken))
+    return Loaded(recipe, origins, tree, path)
+
+
+def find(name_or_path: str | Path) -> Path:
+    """The file of a recipe: an existing path, a run directory, or a name below recipes/ here or as shipped."""
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    if (path / "recipe.yaml").is_file():
+        return path / "recipe.yaml"
+    return _named(str(name_or_path), (Path("recipes"), shipped()))
+
+
+def shipped() -> Path:
+    """The folder of the recipes that come with ShardForge: in the installed package, or in the clone."""
+    package = Path(shardforge.__file__).parent
+    inside = package / "_recipes"
+    return inside if inside.is_dir() else package.parent.parent / "recipes"
+
+
+def names(folder: Path) -> dict[str, Path]:
+    """Every way to name a recipe below `folder` -> its file: "first", and "runs/first" where two are called first."""
+    files = sorted(folder.rglob("*.yaml"))
+    stems = [file.stem for file in files]
+    full = {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+    return full | {file.stem: file for file in files if stems.count(file.stem) == 1}
+
+
+def _named(name: str, folders: Sequence[Path]) -> Path:
+    wanted = name.removesuffix(".yaml").removeprefix("recipes/")
+    known: dict[str, Path] = {}
+    for folder in folders:
+        found = names(folder)
+        if wanted in found:
+            return found[wanted]
+        known |= {key: file for key, file in found.items() if key not in known}
+    twins = [key for key in known if key.endswith(f"/{wanted}")]
+    if twins:
+        raise RecipeError(f"{len(twins)} recipes are called {wanted!r}", "", f"write {' or '.join(twins)}")
+    raise RecipeError(f"there is no recipe {name!r}, as a file or by name", "", suggest(wanted, known))

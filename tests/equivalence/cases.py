@@ -1,0 +1,35 @@
+"""What a rank of the pool runs: two optimizer steps of a tiny recipe, and everything that must be equal after them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from shardforge.core.layout import Layout
+from tests.tiny import batch, part, tiny
+
+
+def two_steps(layout: Layout, changes: dict[str, Any]) -> dict[str, Tensor]:
+    """Loss, gradients, clip norm of two steps and the weights after each, by name; the same on every rank."""
+    recipe = tiny(layout=layout, **changes)
+    engine = recipe.engine.build(recipe, torch.device("cpu"))
+    out: dict[str, Tensor] = {}
+    for step in range(2):
+        mine = part(batch(step), engine.mesh.data_rank, layout.data_ranks)
+        losses = engine.forward_backward(mine, step)
+        out[f"{step} loss"] = torch.tensor([losses.loss, *losses.terms.values()], dtype=torch.float64)
+        out |= {f"{step} grad {name}": grad for name, grad in engine.gradients().items()}
+        out[f"{step} norm"] = torch.tensor(engine.update(0.01).grad_norm, dtype=torch.float64)
+        out |= {f"{step} weight {name}": whole(weight) for name, weight in engine.model.named_parameters()}
+    held = engine.evaluate(part(batch(9), engine.mesh.data_rank, layout.data_ranks))
+    out["held-out loss"] = torch.tensor(held.loss, dtype=torch.float64)
+    return {name: value.clone() for name, value in out.items()} if dist.get_rank() == 0 else {}
+
+
+def whole(weight: Tensor) -> Tensor:
+    weight = weight.detach()
+    return (weight.full_tensor() if isinstance(weight, DTensor) else weight).clone()
