@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_FLAGS ?=
 
 venv := .venv/bin/python
-pip := $(venv) -m pip install --quiet $(PIP_FLAGS) -c tools/dev/constraints.txt
+pip := PYTHONWARNINGS=ignore $(venv) -m pip install -qq $(PIP_FLAGS) -c tools/dev/constraints.txt
 threads := OMP_NUM_THREADS=1
 described := pyproject.toml tools/dev/constraints.txt
 
@@ -38,14 +38,16 @@ clean: ## remove what make made, .venv included; runs/ and data/ stay
 .venv/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "ShardForge needs Python 3.11 or newer; $(PYTHON) is older. Try: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -m venv .venv
 
 # torch comes first and by exact version, so that pip never looks at another build of it.
 .venv/.stamp-run: .venv/bin/pip $(described)
-	$(pip) pip setuptools torch
-	$(pip) --no-build-isolation -e .
+	@echo "installing ShardForge and torch into .venv (once)"
+	@$(pip) pip setuptools torch
+	@$(pip) --no-build-isolation -e .
 	@touch $@
 
 .venv/.stamp-test: .venv/.stamp-run
-	$(pip) --no-build-isolation -e '.[dev]'
+	@echo "installing what the tests need into .venv (once)"
+	@$(pip) --no-build-isolation -e '.[dev]'
 	@touch $@

@@ -5,10 +5,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.ranks import Ranks
 
 torch.set_num_threads(1)
+settings.register_profile("shardforge", deadline=None, database=None, derandomize=True)
+settings.load_profile("shardforge")
 logging.getLogger("torch.distributed").setLevel(logging.ERROR)
 
 

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,41 +17,27 @@ DOCUMENTS = sorted(
 )
 RUN = [path for path in DOCUMENTS if any(block.tested for block in doc_runner.blocks(path))]
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
-COPIED = ("framework", "kernels", "recipes", "slurm", "tests", "pyproject.toml")
 
 
 def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def run_document(document: Path, workspace: Path) -> subprocess.CompletedProcess[str]:
-    """The tested blocks of `document`, run with `workspace` as the clone."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(str(workspace / folder) for folder in ("framework", "kernels", ".")),
-        "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))),
-        "OMP_NUM_THREADS": "1",
-    }
-    return subprocess.run(
-        [sys.executable, doc_runner.__file__, str(document)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=workspace,
-        env=environment,
-    )
-
-
 @pytest.fixture
-def workspace(tmp_path: Path) -> Path:
-    """A copy of what a document may add files to."""
-    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for part in COPIED:
-        source = ROOT / part
-        if source.is_dir():
-            shutil.copytree(source, tmp_path / part, ignore=ignored)
-        else:
-            shutil.copy(source, tmp_path / part)
-    return tmp_path
+def run_document(inside):
+    """Runs the tested blocks of a document with a folder as the clone."""
+
+    def run(document: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, doc_runner.__file__, str(document)],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=folder,
+            env=inside(folder),
+        )
+
+    return run
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name)
@@ -72,32 +56,42 @@ def test_relative_links_of_a_document_lead_somewhere(document: Path):
 
 
 @pytest.mark.parametrize("document", RUN, ids=name)
-def test_tested_blocks_of_a_document_run_in_order(document: Path, workspace: Path):
+def test_tested_blocks_of_a_document_run_in_order(document: Path, workspace: Path, run_document):
     done = run_document(document, workspace)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_failing_block_fails_its_document_at_its_line(tmp_path: Path):
+def test_the_reference_of_all_kinds_is_current():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "dev" / "zoo_docs.py"), "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_failing_block_fails_its_document_at_its_line(tmp_path: Path, run_document):
     document = tmp_path / "guide.md"
     document.write_text("# A\n\n```python test\na = 1\n```\n\n```python test\nassert a == 2\n```\n")
     done = run_document(document, tmp_path)
     assert done.returncode == 1 and f'"{document}", line 8' in done.stderr
 
 
-def test_a_block_with_a_path_becomes_that_file(tmp_path: Path):
+def test_a_block_with_a_path_becomes_that_file(tmp_path: Path, run_document):
     document = tmp_path / "guide.md"
     document.write_text("```python test pkg/idea.py\nword = 'new'\n```\n```sh test\ngrep new pkg/idea.py\n```\n")
     assert run_document(document, tmp_path).returncode == 0
     assert (tmp_path / "pkg" / "idea.py").read_text() == "word = 'new'\n"
 
 
-def test_a_block_without_the_mark_is_not_run(tmp_path: Path):
+def test_a_block_without_the_mark_is_not_run(tmp_path: Path, run_document):
     document = tmp_path / "guide.md"
     document.write_text("```python\nraise SystemExit(3)\n```\n")
     assert run_document(document, tmp_path).returncode == 0
 
 
-def test_a_marked_block_of_an_unknown_language_is_refused(tmp_path: Path):
+def test_a_marked_block_of_an_unknown_language_is_refused(tmp_path: Path, run_document):
     document = tmp_path / "guide.md"
     document.write_text("```rust test\nfn main() {}\n```\n")
     done = run_document(document, tmp_path)

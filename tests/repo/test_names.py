@@ -22,7 +22,11 @@ UNFINISHED = re.compile(r"\b(" + "|".join(("TO" + "DO", "FIX" + "ME", "X" + "XX"
 MACHINE_PATH = re.compile(r"(?<![\w.~$}])/(" + "|".join(("ro" + "ot", "wo" + "rk", "ho" + "me", "tm" + "p")) + r")/")
 
 # Where a DTensor's own part may be touched. Everything else reads weights through nn.module.local().
-TO_LOCAL = {"nn/module.py": "the one reader of weights in a forward pass"}
+TO_LOCAL = {
+    "nn/module.py": "the one reader of weights in a forward pass",
+    "checkpoint/staging.py": "copies what this rank holds; nothing is computed with it",
+    "checkpoint/state.py": "names what this rank holds; nothing is computed with it",
+}
 
 
 def texts() -> Iterator[tuple[str, str]]:

@@ -65,7 +65,8 @@ def test_the_wheel_holds_every_template(installed: Path, folder: str):
 
 
 def test_the_wheel_holds_every_module_and_page(wheel: Path):
-    files = [path for path in (ROOT / "framework").rglob("*") if path.suffix in (".py", ".html")]
+    kinds = (".py", ".html", ".css", ".js")
+    files = [path for path in (ROOT / "framework").rglob("*") if path.suffix in kinds]
     expected = {str(path.relative_to(ROOT / "framework")) for path in files}
     expected |= {str(path.relative_to(ROOT / "kernels")) for path in (ROOT / "kernels").rglob("*.py")}
     assert expected - set(zipfile.ZipFile(wheel).namelist()) == set()

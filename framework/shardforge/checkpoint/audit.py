@@ -14,10 +14,9 @@ import torch
 from shardforge.checkpoint import folders, index, tensorfile
 from shardforge.checkpoint.index import Chunk, Entry
 from shardforge.checkpoint.storage import stored
-from shardforge.core.errors import CheckpointError, ForgeError, Problems
+from shardforge.core.errors import CheckpointError
 
 THREADS = 8
-SHOWN = 8
 BLOCK_NUMBERS = 1 << 22
 
 
@@ -49,8 +48,6 @@ def audit(path: Path) -> Report:
         problems.append(error.what)
     try:
         entries = index.read(path)
-    except Problems as several:
-        problems += [problem.what for problem in several.problems if isinstance(problem, ForgeError)]
     except CheckpointError as error:
         problems.append(error.what)
     records = {record["file"]: record for record in manifest.get("files", ())}
@@ -80,12 +77,6 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if (was := _kind(old.get(name))) != (is_ := _kind(new.get(name))):
             lines.append(f"{name}: {was} in the checkpoint, {is_} here")
     return lines
-
-
-def shorten(lines: list[str]) -> str:
-    """The first lines of a long list, and how many more there are."""
-    more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-    return "\n".join(f"      {line}" for line in [*lines[:SHOWN], *more])
 
 
 def sizes(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -52,6 +52,7 @@ class Crew:
         value, error = self._exchange(mine, where)[0]
         if error is not None:
             raise self._told(error, 0)
+        assert value is not None
         return value[0]
 
     def close(self) -> None:
@@ -62,7 +63,7 @@ class Crew:
     def _exchange(self, value: T, where: object) -> list[T]:
         if not self.joined:
             return [value]
-        everyone: list[T | None] = [None] * self.size
+        everyone: list[Any] = [None] * self.size
         try:
             dist.all_gather_object(everyone, value, group=self.group)
         except RuntimeError as cause:
@@ -96,10 +97,6 @@ def lost(cause: RuntimeError, where: object) -> CheckpointError:
 def explained(cause: BaseException, where: object) -> CheckpointError:
     """A failure of the disk or the program as a sentence with a next step."""
     if isinstance(cause, OSError):
-        place = cause.filename or where
-        return CheckpointError(
-            cause.strerror or str(cause), place, FIXES.get(cause.errno or 0, "check the file system")
-        )
-    return CheckpointError(
-        f"{type(cause).__name__}: {cause}", where, "run again with --traceback to see where it failed"
-    )
+        fix = FIXES.get(cause.errno or 0, "check the file system")
+        return CheckpointError(cause.strerror or str(cause), cause.filename or where, fix)
+    return CheckpointError(f"{type(cause).__name__}: {cause}", where, "see the traceback with --traceback")

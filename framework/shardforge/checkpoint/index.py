@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from shardforge.checkpoint.tensorfile import TYPES, type_name
-from shardforge.core.errors import CheckpointError, Problems
+from shardforge.core.errors import CheckpointError
 
 NAME = "index.json"
 FORMAT = 1
+SHOWN = 8
 DAMAGED = "`shardforge checkpoint audit` shows the extent; move the folder away to resume from an earlier step"
 
 
@@ -37,8 +38,12 @@ class Entry:
     chunks: tuple[Chunk, ...]
 
     @property
+    def numbers(self) -> int:
+        return prod(self.shape)
+
+    @property
     def bytes(self) -> int:
-        return prod(self.shape) * TYPES[self.dtype][0].itemsize
+        return self.numbers * TYPES[self.dtype][0].itemsize
 
 
 def file_name(rank: int, part: int) -> str:
@@ -80,7 +85,7 @@ def read(folder: Path) -> dict[str, Entry]:
     if not isinstance(tensors, dict):
         raise CheckpointError("the index has no table of tensors", path, DAMAGED)
     index: dict[str, Entry] = {}
-    problems: list[CheckpointError] = []
+    faults: list[str] = []
     for name, value in tensors.items():
         try:
             index[name] = _entry(value)
@@ -88,10 +93,16 @@ def read(folder: Path) -> dict[str, Entry]:
         except (KeyError, TypeError, ValueError) as cause:
             fault = f"unreadable entry ({type(cause).__name__}: {cause})"
         if fault:
-            problems.append(CheckpointError(f"{name}: {fault}", path, DAMAGED))
-    if problems:
-        raise problems[0] if len(problems) == 1 else Problems(problems, "the checkpoint index")
+            faults.append(f"{name}: {fault}")
+    if faults:
+        raise CheckpointError(f"{len(faults)} entries of the index are wrong:\n{shorten(faults)}", path, DAMAGED)
     return index
+
+
+def shorten(lines: Sequence[str]) -> str:
+    """The first lines of a long list, and how many more there are."""
+    more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return "\n".join(f"      {line}" for line in [*lines[:SHOWN], *more])
 
 
 def _entry(value: Mapping[str, Any]) -> Entry:

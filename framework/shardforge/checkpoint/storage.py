@@ -15,13 +15,13 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.distributed.checkpoint import StorageReader, StorageWriter
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -84,9 +84,10 @@ class ShardWriter(StorageWriter):
         places = {result.index: result.storage_data for of_rank in results for result in of_rank}
         entries: dict[str, Entry] = {}
         for name, tensor in metadata.state_dict_metadata.items():
+            assert isinstance(tensor, TensorStorageMetadata), f"{name} was planned as bytes"
             chunks = []
             for box in tensor.chunks:
-                if prod(box.sizes) == 0:
+                if box.sizes.numel() == 0:
                     continue
                 place = places.get(MetadataIndex(name, box.offsets))
                 if place is None:
@@ -108,7 +109,7 @@ class ShardWriter(StorageWriter):
         results: list[WriteResult] = []
         batch: list[tuple[WriteItem, Part]] = []
         number = size = 0
-        items = [item for item in plan.items if item.tensor_data is None or prod(item.tensor_data.chunk.sizes)]
+        items = [item for item in plan.items if item.tensor_data is None or item.tensor_data.chunk.sizes.numel()]
         for item in items:
             part = _part(item, planner)
             batch.append((item, part))
@@ -133,7 +134,7 @@ class ShardReader(StorageReader):
         self.error = None
 
     def read_metadata(self) -> Metadata:
-        tensors = {
+        tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {
             name: TensorStorageMetadata(
                 TensorProperties(dtype=TYPES[entry.dtype][0]),
                 torch.Size(entry.shape),
@@ -175,10 +176,10 @@ class ShardReader(StorageReader):
             with tensorfile.opened(self.folder / name) as file:
                 for item, chunk in wanted:
                     entry = self.entries[item.storage_index.fqn]
-                    stored = stored(file, chunk, entry.dtype, self.folder / name)
+                    numbers = stored(file, chunk, entry.dtype, self.folder / name)
                     box = zip(item.storage_offsets, item.lengths, strict=True)
                     target = planner.resolve_tensor(item).detach()
-                    target.copy_(stored[tuple(slice(start, start + length) for start, length in box)])
+                    target.copy_(numbers[tuple(slice(start, start + length) for start, length in box)])
                     planner.commit_tensor(item, target)
 
 
@@ -190,7 +191,7 @@ def _part(item: WriteItem, planner: SavePlanner) -> Part:
     sizes, offsets = tuple(data.chunk.sizes), tuple(data.chunk.offsets)
     box = ",".join(f"{start}:{start + size}" for start, size in zip(offsets, sizes, strict=True))
     key = item.index.fqn if sizes == tuple(data.size) else f"{item.index.fqn}[{box}]"
-    return Part(key, dtype, sizes, lambda: planner.resolve_data(item))
+    return Part(key, dtype, sizes, lambda: cast(torch.Tensor, planner.resolve_data(item)))
 
 
 def stored(file: Any, chunk: Chunk, dtype: str, path: Path) -> torch.Tensor:

@@ -48,6 +48,11 @@ class _Saving:
     pieces: Mapping[str, Tensor] | Exception  # staged numbers, or why there are none
     extra: dict
 
+    def staged(self) -> Mapping[str, Tensor]:
+        if isinstance(self.pieces, Exception):
+            raise self.pieces
+        return self.pieces
+
 
 class Store:
     """The checkpoints under `path`. `describe` is plain JSON that says what they are of: "model" is `state.table`.
@@ -66,7 +71,7 @@ class Store:
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process is no mistake
 
     def save(self, step: int, tensors: Mapping[str, Tensor], extra: dict, *, wait: bool = False) -> float:
-        """Save `tensors` (see `state.collect`) and `extra` (plain JSON) as of `step`; seconds that training stood still.
+        """Save `tensors` (see `state.collect`) and `extra` (JSON) as of `step`; seconds that training stood still.
 
         Returns when the tensors are copied, so they may change at once; with `wait`, or unless cfg.asynchronous, when
         the checkpoint is committed. A step that is committed already is left as it is.
@@ -145,7 +150,7 @@ class Store:
                 log.info("step %d is saved already", step)
                 return None
             raise CheckpointError(
-                f"step {step} is committed already, for another model:\n{audit.shorten(differing)}",
+                f"step {step} is committed already, for another model:\n{index.shorten(differing)}",
                 final,
                 "choose another run_dir, or move this folder away",
             )
@@ -165,14 +170,13 @@ class Store:
             self._write(saving)
         except (Exception, CheckpointException) as cause:
             self._failure = _told(cause, saving.attempt)
+            self._failure.__cause__ = None if self._failure is cause else cause
             if self._crew.rank == 0:
                 folders.clear(self.path, saving.step, saving.attempt)
 
     def _write(self, saving: _Saving) -> None:
-        failed = saving.pieces if isinstance(saving.pieces, Exception) else None
-        self._crew.agree(lambda: _raise(failed), saving.attempt)
+        planner = StagedPlanner(self._crew.agree(saving.staged, saving.attempt))
         writer = ShardWriter(saving.attempt, self._crew.rank)
-        planner = StagedPlanner(saving.pieces)
         dcp.save(saving.tensors, storage_writer=writer, planner=planner, process_group=self._crew.group)
         self._crew.agree(lambda: _raise(writer.error), saving.attempt)
         self._crew.lead(lambda: self._commit(saving, writer), saving.attempt)
@@ -198,7 +202,7 @@ class Store:
         """The index of a checkpoint that is whole, of this model, and has what `tensors` asks for."""
         manifest = folders.read_manifest(folder)
         if broken := list(audit.sizes(folder, manifest)):
-            raise CheckpointError(f"the checkpoint is damaged:\n{audit.shorten(broken)}", folder, DAMAGED)
+            raise CheckpointError(f"the checkpoint is damaged:\n{index.shorten(broken)}", folder, DAMAGED)
         hashes = {record["file"]: record["sha256"] for record in manifest["files"]}
         if tensorfile.sha256(folder / index.NAME) != hashes[index.NAME]:
             raise CheckpointError("the index is not the one that was committed", folder / index.NAME, DAMAGED)
@@ -208,7 +212,7 @@ class Store:
         if differing:
             raise CheckpointError(
                 f"this is a checkpoint of another model or optimizer, {len(differing)} tensors differ:\n"
-                f"{audit.shorten(differing)}",
+                f"{index.shorten(differing)}",
                 folder,
                 "resume with the recipe in the run directory, or choose another run_dir",
             )

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ def write_tensors(path: Path, parts: Sequence[Part]) -> Written:
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
     with path.open("xb") as file, ThreadPoolExecutor(1, "checkpoint-hash") as hasher:
-        for block in (len(text).to_bytes(8, "little") + text, *_blocks(parts)):
+        for block in chain([len(text).to_bytes(8, "little") + text], _blocks(parts)):
             hashed = hasher.submit(digest.update, block)
             put(file, block)
             hashed.result()
@@ -117,7 +118,7 @@ def sha256(path: Path) -> str:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[object]:
+def opened(path: Path) -> Iterator[Any]:
     """A safetensors file mapped into memory; slices read only their own pages."""
     from safetensors import safe_open
 
@@ -125,12 +126,13 @@ def opened(path: Path) -> Iterator[object]:
         yield file
 
 
-def _blocks(parts: Sequence[Part]) -> Iterator[memoryview]:
+def _blocks(parts: Sequence[Part]) -> Iterator[Any]:
     for part in parts:
         tensor = part.read().detach()
         found = type_name(tensor.dtype), tuple(tensor.shape)
         assert found == (part.dtype, part.shape), f"{part.key}: planned {part.dtype}{part.shape}, found {found}"
-        raw = memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        numbers: Any = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        raw = memoryview(numbers)
         for start in range(0, len(raw), BLOCK_BYTES):
             yield raw[start : start + BLOCK_BYTES]
 

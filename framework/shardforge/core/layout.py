@@ -103,7 +103,7 @@ class Layout:
         degrees: dict[str, int] = {}
         for part in text.split("-") if text != "one" else ():
             name = part.rstrip("0123456789")
-            if name not in long or name == part:
+            if name not in long or name == part or long[name] in degrees or int(part[len(name) :]) < 1:
                 raise LayoutError(f"cannot read layout {text!r}", "layout", "write it like rep2-dp2-tp2")
             degrees[long[name]] = int(part[len(name):])
         return cls(**degrees)

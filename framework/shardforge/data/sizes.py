@@ -32,7 +32,9 @@ class BatchSizes:
         if self.steps:
             named |= {"train.batch_warmup.start": self.start, "train.batch_warmup.increment": self.increment}
         out: list[ForgeError] = [
-            DataError(f"{size} sequences cannot be divided by {ranks} data ranks", name, f"use {-(-size // ranks) * ranks}")
+            DataError(
+                f"{size} sequences for {ranks} data ranks do not divide", name, f"use {-(-size // ranks) * ranks}"
+            )
             for name, size in named.items()
             if size % ranks
         ]

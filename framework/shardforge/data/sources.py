@@ -1,4 +1,4 @@
-"""Documents from files: plans that cut any input into parts, and readers that yield one part's documents.
+"""What can be read, and how it is cut into parts; documents.py reads one part.
 
     stdlib            every .py file of the running Python's standard library, site-packages left out
     hf:NAME[?config=C&split=S&revision=R]   a Hugging Face dataset, streamed; or the folder of `save_to_disk`
@@ -14,36 +14,25 @@ from __future__ import annotations
 
 import os
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
 from shardforge.core.errors import DataError, ForgeError, Problems
 from shardforge.core.optional import require
 
-TEXT = frozenset(
-    ".txt .md .rst .tex .html .htm .xml .csv .tsv .yaml .yml .toml .ini .cfg .json .py .pyi .c .h .cc .cpp .cxx .hpp .cu "
-    ".cuh .rs .go .java .kt .scala .js .jsx .ts .tsx .rb .php .pl .lua .r .jl .hs .ml .swift .sh .bash .sql .css".split()
-)
+TEXT = """
+.txt .md .rst .tex .html .htm .xml .csv .tsv .yaml .yml .toml .ini .cfg .json .py .pyi .c .h .cc .cpp .cxx .hpp
+.cu .cuh .rs .go .java .kt .scala .js .jsx .ts .tsx .rb .php .pl .lua .r .jl .hs .ml .swift .sh .bash .sql .css
+""".split()
 LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+UNSEEN = ("__pycache__", "site-packages", "dist-packages")
 HF = "hf:"
 FIELDS = {"config", "split", "revision"}
 SMALLEST, LARGEST, PARTS = 1 << 20, 1 << 28, 1024
 """Bytes of a part: a thousandth of all input, within these limits."""
-
-
-class Document(NamedTuple):
-    name: str
-    text: str
-
-
-class Invalid(NamedTuple):
-    """A document that cannot be read as text."""
-
-    name: str
-    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +59,9 @@ class Plan(NamedTuple):
     ignored: int  # files of unknown kind
 
 
-def plan(inputs: Sequence[str], field: str = "text") -> Plan:
-    """Cut all inputs into parts. Inputs that do not exist are reported together."""
+def plan(inputs: Sequence[str], field: str = "text", output: Path | None = None) -> Plan:
+    """Cut all inputs into parts; `output` is not looked into. Inputs that do not exist are reported together."""
+    without = output.resolve() if output else None
     problems: list[ForgeError] = []
     files: list[tuple[Path, str, bool]] = []
     parts: list[Part] = []
@@ -81,7 +71,7 @@ def plan(inputs: Sequence[str], field: str = "text") -> Plan:
             if name.startswith(HF):
                 parts += _dataset(name, field)
                 continue
-            found, unknown = _files(name)
+            found, unknown = _files(name, without)
         except ForgeError as error:
             problems.append(error)
             continue
@@ -92,16 +82,16 @@ def plan(inputs: Sequence[str], field: str = "text") -> Plan:
     return Plan([*cut(files, field), *parts], ignored)
 
 
-def _files(name: str) -> tuple[list[tuple[Path, str, bool]], int]:
+def _files(name: str, without: Path | None) -> tuple[list[tuple[Path, str, bool]], int]:
     """((path, name, lenient) of each file, number of files of unknown kind)."""
     if name == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
-        return [(path, label, True) for path, label in _below(root, "") if path.suffix == ".py"], 0
+        return [(path, label, True) for path, label in _below(root, "", without) if path.suffix == ".py"], 0
     root = Path(name).expanduser()
     if root.is_file():
         return [(root, root.name, False)], 0
     if root.is_dir():
-        found = _below(root, root.resolve().name + "/")
+        found = _below(root, root.resolve().name + "/", without)
         known = [(path, label, False) for path, label in found if path.suffix.lower() in TEXT or _special(path)]
         return known, len(found) - len(known)
     raise DataError("no file or folder is here", name, "name files, folders, hf:NAME or stdlib")
@@ -111,13 +101,14 @@ def _special(path: Path) -> bool:
     return path.name.endswith((*LINES, ".parquet"))
 
 
-def _below(root: Path, prefix: str) -> list[tuple[Path, str]]:
+def _below(root: Path, prefix: str, without: Path | None) -> list[tuple[Path, str]]:
     """All files under a folder, sorted by name; hidden, byte-code and site-packages folders left out."""
     out = []
     for folder, inner, names in os.walk(root):
-        inner[:] = [d for d in inner if not d.startswith(".") and d not in ("__pycache__", "site-packages", "dist-packages")]
-        out += [Path(folder, name) for name in names if not name.startswith(".")]
-    return sorted(((path, prefix + path.relative_to(root).as_posix()) for path in out), key=lambda pair: pair[1])
+        inner[:] = [d for d in inner if d not in UNSEEN and d[0] != "." and Path(folder, d).resolve() != without]
+        out += [Path(folder, name) for name in names if name[0] != "."]
+    named = [(path, prefix + path.relative_to(root).as_posix()) for path in out if path.is_file()]
+    return sorted(named, key=lambda pair: pair[1])
 
 
 def cut(files: Sequence[tuple[Path, str, bool]], field: str) -> list[Part]:
@@ -149,16 +140,17 @@ def cut(files: Sequence[tuple[Path, str, bool]], field: str) -> list[Part]:
     return parts
 
 
-def _parquet(path: str):
+def parquet(path: str) -> Any:
+    """An open `pyarrow.parquet.ParquetFile`."""
     module = require("pyarrow.parquet", for_="reading .parquet", extra="parquet", field=path)
     try:
         return module.ParquetFile(path)
     except (OSError, ValueError) as cause:
-        raise DataError(f"not a readable parquet file: {cause}", path, "copy the file again, or leave it out") from cause
+        raise DataError(f"not a readable parquet file: {cause}", path, "copy the file again or leave it out") from cause
 
 
 def _row_groups(part: Part, target: int) -> Iterator[Part]:
-    with _parquet(part.paths[0]) as file:
+    with parquet(part.paths[0]) as file:
         if part.field not in file.schema_arrow.names:
             raise _no_field(part.paths[0], part.field, file.schema_arrow.names)
         sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
@@ -180,10 +172,10 @@ def _dataset(source: str, field: str) -> list[Part]:
     if unknown := sorted(set(options) - FIELDS):
         raise DataError(f"unknown option {unknown[0]!r}", source, f"options are {', '.join(sorted(FIELDS))}")
     part = Part(kind="stream", paths=(source,), names=(f"{HF}{name}",), field=field)
-    rows = _load(source)
+    rows = load(source)
     if field not in (rows.column_names or [field]):
         raise _no_field(source, field, rows.column_names)
-    if not hasattr(rows, "num_shards") or hasattr(rows, "num_rows"):
+    if hasattr(rows, "num_rows"):  # on disk, any row at once
         count = len(rows)
         step = max(1, min(count, 100_000) // 16)
         stamp = (count, int(rows._fingerprint, 16))
@@ -194,7 +186,7 @@ def _dataset(source: str, field: str) -> list[Part]:
     return [replace(part, start=shard, stop=rows.num_shards) for shard in range(rows.num_shards)]
 
 
-def _load(source: str):
+def load(source: str) -> Any:
     """A `datasets.Dataset` from disk, or an `IterableDataset` that streams."""
     datasets = require("datasets", for_="reading a Hugging Face dataset", extra="hf", field=source)
     name, _, query = source.removeprefix(HF).partition("?")
@@ -214,70 +206,6 @@ def _load(source: str):
             streaming=True,
         )
     except Exception as cause:  # the package raises its own, requests' and huggingface_hub's errors
-        what = f"the dataset cannot be opened: {type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}"
+        reason = (str(cause).splitlines() or [""])[0]
+        what = f"the dataset cannot be opened: {type(cause).__name__}: {reason}"
         raise DataError(what, source, "check the name and the network, or name a local folder") from cause
-
-
-def read(part: Part) -> Iterator[Document | Invalid]:
-    """The documents of one part, in order."""
-    return READERS[part.kind](part)
-
-
-def decode(name: str, content: bytes) -> Document | Invalid:
-    try:
-        return Document(name, content.decode())
-    except UnicodeDecodeError as error:
-        return Invalid(name, f"byte {error.start} (0x{content[error.start]:02x}) is not UTF-8")
-
-
-def checked(name: str, text: object, field: str) -> Document | Invalid:
-    """A document from a parsed value; JSON can hold half characters that UTF-8 cannot."""
-    if not isinstance(text, str):
-        return Invalid(name, f"field {field!r} is {type(text).__name__ if text is not None else 'missing'}, expected text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return Invalid(name, f"character {error.start} is half of a surrogate pair")
-    return Document(name, text)
-
-
-def _read_text(part: Part) -> Iterator[Document | Invalid]:
-    for path, name in zip(part.paths, part.names, strict=True):
-        yield decode(name, Path(path).read_bytes())
-
-
-def _read_rows(part: Part) -> Iterator[Document | Invalid]:
-    with _parquet(part.paths[0]) as file:
-        row = sum(file.metadata.row_group(i).num_rows for i in range(part.start))
-        groups = list(range(part.start, part.stop))
-        for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=[part.field]):
-            for text in batch.column(0).to_pylist():
-                yield checked(f"{part.names[0]}#{row}", text, part.field)
-                row += 1
-
-
-def _read_arrow(part: Part) -> Iterator[Document | Invalid]:
-    rows = _load(part.paths[0])
-    for row in range(part.start, part.stop):
-        yield checked(f"{part.names[0]}#{row}", rows[row][part.field], part.field)
-
-
-def _read_stream(part: Part) -> Iterator[Document | Invalid]:
-    rows = _load(part.paths[0]).shard(num_shards=part.stop, index=part.start)
-    for row, content in enumerate(rows):
-        yield checked(f"{part.names[0]}#{part.start}.{row}", content.get(part.field), part.field)
-
-
-def _read_lines(part: Part) -> Iterator[Document | Invalid]:
-    from shardforge.data.lines import documents
-
-    return documents(part)
-
-
-READERS: dict[str, Callable[[Part], Iterator[Document | Invalid]]] = {
-    "text": _read_text,
-    "lines": _read_lines,
-    "parquet": _read_rows,
-    "arrow": _read_arrow,
-    "stream": _read_stream,
-}

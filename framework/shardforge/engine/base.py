@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,9 +44,13 @@ class Engine(Protocol):
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor a checkpoint holds, by name; loading writes into them in place."""
+        """Every tensor a checkpoint holds, by name."""
+        ...
+
+    def load(self, read: Callable[[dict[str, Tensor]], object]) -> None:
+        """Give `state()` to `read`, which fills the tensors in place, and take over what it filled."""
         ...
 
     def describe(self) -> dict[str, object]:
-        """The table of weights (name -> dims and shape) by which another model's checkpoint is recognised."""
+        """Plain JSON by which another model's checkpoint is recognised; see `checkpoint.store.Store`."""
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,19 +11,18 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
-from shardforge.checkpoint.state import collect
+from shardforge.checkpoint import state
 from shardforge.engine import passes
 from shardforge.engine.base import Losses, UpdateStats
-from shardforge.engine.passes import DTYPES
 from shardforge.model import flops
 from shardforge.model.build import build
 from shardforge.nn import counter
 from shardforge.nn.batch import IGNORE, Batch
 from shardforge.nn.init import fill
-from shardforge.nn.module import declared
 from shardforge.nn.sequence import Sequence
 from shardforge.optim.clip import clip, global_norm
 from shardforge.parallel import fully_shard, mesh
+from shardforge.precision.types import DTYPES
 from shardforge.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ class NativeEngine:
         self.model = build(recipe.model, recipe.objective.build(), self.master)
         self.weights = flops.weights(self.model)
         self.step_flops = flops.step_flops(self.model, recipe.train.seq_len)
-        self.table = {item.fqn: [str(dim) for dim in item.dims] for item in declared(self.model)}
         passes.apply(
             self.model,
             self.mesh,
@@ -93,10 +92,15 @@ class NativeEngine:
         return UpdateStats(norm.item())
 
     def state(self) -> dict[str, Tensor]:
-        return collect(self.model, self.optimizer)
+        return state.collect(self.model, self.optimizer)
+
+    def load(self, read: Callable[[dict[str, Tensor]], object]) -> None:
+        tensors = self.state()
+        read(tensors)
+        state.restore(self.model, self.optimizer, tensors)
 
     def describe(self) -> dict[str, object]:
-        return {"weights": self.table}
+        return {"model": state.table(self.model)}
 
     def forward(self, piece: Batch, key: Tensor | None) -> dict[str, Tensor]:
         tables = torch.promote_types(DTYPES[self.recipe.precision.compute], torch.float32)

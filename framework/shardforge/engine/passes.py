@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -27,5 +26,3 @@ def apply(
     if mesh.layout.world_size > 1 or mixed.param_dtype is not None:
         fully_shard.apply(model, mesh, mixed, resharded=resharded)  # last: it wraps what the others made
 
-
-DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}

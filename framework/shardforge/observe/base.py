@@ -49,7 +49,7 @@ class RunInfo:
     steps: int
     first_step: int  # > 0 when resumed
     recipe: Mapping[str, Any]  # resolved recipe as plain data
-    unigram_entropy: float | None = None  # nats per token: the loss of a model that knows token frequencies only
+    unigram_entropy: float | None = None  # nats per held-out token for a model that knows only token frequencies
 
 
 class Observer(Protocol):

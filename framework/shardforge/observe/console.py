@@ -11,7 +11,9 @@ from shardforge.core import units
 from shardforge.observe.base import EvalReport, RunInfo, StepReport
 from shardforge.observe.throughput import Rates, Throughput
 
-HEADER = f"{'step':>14} {'loss':>8} {'tokens/s':>9} {'peak':>6} {'grad':>8} {'lr':>8} {'left':>7} {'memory':>9} {'data':>5}"
+HEADER = (
+    f"{'step':>14} {'loss':>8} {'tokens/s':>9} {'peak':>6} {'grad':>8} {'lr':>8} {'left':>7} {'memory':>9} {'data':>5}"
+)
 REPEAT = 30
 """Lines after which the header comes again."""
 

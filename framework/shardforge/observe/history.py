@@ -47,7 +47,7 @@ class History:
 
     path: Path
     starts: list[Start]
-    columns: dict[str, list[float]]  # name in StepReport -> values; nan where a number was not finite
+    columns: dict[str, list[float]]  # name in StepReport -> values; nan where not finite or not told
     terms: dict[str, list[float]] = field(default_factory=dict)  # part of the objective -> values; nan where absent
     evals: list[EvalReport] = field(default_factory=list)
     checkpoints: list[int] = field(default_factory=list)
@@ -69,9 +69,11 @@ class History:
             ends = [later.first_step for later in self.starts[index + 1 :]]
             last = min([*ends, self.steps[-1] if self.steps else 0])
             if last > start.first_step:
-                out.append(Segment(
-                    first_step=start.first_step, last_step=last, layout=start.layout, world_size=start.world_size
-                ))
+                out.append(
+                    Segment(
+                        first_step=start.first_step, last_step=last, layout=start.layout, world_size=start.world_size
+                    )
+                )
         return out
 
     @property
@@ -104,7 +106,8 @@ def collect(path: Path, events: Iterable[Mapping[str, Any]]) -> History:
         kind = event["event"]
         if kind == "start":
             wall, begun = wall + latest - begun, event["time"]
-            starts.append(Start(**{item.name: event.get(item.name) for item in fields(Start)}))
+            facts: dict[str, Any] = {item.name: event.get(item.name) for item in fields(Start)}
+            starts.append(Start(**facts))
             kept = event["first_step"]
             steps = {step: value for step, value in steps.items() if step <= kept}
             evals = {step: value for step, value in evals.items() if step <= kept}
@@ -113,9 +116,7 @@ def collect(path: Path, events: Iterable[Mapping[str, Any]]) -> History:
         elif kind == "step":
             steps[event["step"]] = event
         elif kind == "eval":
-            evals[event["step"]] = EvalReport(
-                step=event["step"], loss=number(event["loss"]), tokens=event["tokens"]
-            )
+            evals[event["step"]] = EvalReport(step=event["step"], loss=number(event["loss"]), tokens=event["tokens"])
         elif kind == "checkpoint":
             checkpoints.add(event["step"])
         elif kind == "end":
@@ -128,7 +129,7 @@ def collect(path: Path, events: Iterable[Mapping[str, Any]]) -> History:
     return History(
         path=path,
         starts=starts,
-        columns={name: [number(row[name]) for row in rows] for name in COLUMNS},
+        columns={name: [number(row.get(name)) for row in rows] for name in COLUMNS},
         terms={name: [number(row["terms"].get(name)) for row in rows] for name in names},
         evals=[evals[step] for step in sorted(evals)],
         checkpoints=sorted(checkpoints),
@@ -138,5 +139,5 @@ def collect(path: Path, events: Iterable[Mapping[str, Any]]) -> History:
 
 
 def number(value: float | None) -> float:
-    """JSON has no nan: what was not finite is written as null."""
+    """JSON has no nan: what was not finite is written as null. What an older version did not write is nan too."""
     return math.nan if value is None else value

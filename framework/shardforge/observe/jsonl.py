@@ -102,9 +102,10 @@ def replay(event: Mapping[str, Any], observer: Observer, run: Path) -> None:
     """Tell `observer` what happened in the run directory `run`; unknown events are passed over."""
     kind = event["event"]
     if kind == "start":
-        observer.on_start(RunInfo(path=run, recipe={}, **{name: event.get(name) for name in INFO_FIELDS}))
+        facts: dict[str, Any] = {name: event.get(name) for name in INFO_FIELDS}
+        observer.on_start(RunInfo(path=run, recipe={}, **facts))
     elif kind == "step":
-        values = {name: number(event[name]) for name in STEP_FIELDS if name != "terms"}
+        values = {name: number(event[name]) for name in STEP_FIELDS if name != "terms" and name in event}
         terms = {name: number(value) for name, value in event["terms"].items()}
         observer.on_step(StepReport(**values, terms=terms))  # type: ignore[arg-type]
     elif kind == "eval":
@@ -122,7 +123,9 @@ def _event(raw: bytes, where: str) -> dict[str, Any]:
             return event
     except ValueError:  # also UnicodeDecodeError
         pass
-    raise DataError("this line is not an event of a run", where, "delete the line; the other lines stand for themselves")
+    raise DataError(
+        "this line is not an event of a run", where, "delete the line; the other lines stand for themselves"
+    )
 
 
 def _finite(value: Any) -> Any:

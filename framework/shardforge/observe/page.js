@@ -1,6 +1,6 @@
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
-const runs = data.runs.map((run, i) => ({ ...run, color: `var(--run${i % 8})`, shown: true, means: {} }));
+const runs = data.runs.map((run, i) => ({ ...run, color: `var(--run${i % 8})`, shown: true, drawn: {} }));
 const view = { axis: "steps", span: 1, log: false, cursor: null };
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -58,7 +58,7 @@ const exactly = { steps: (x) => `step ${x}`, tokens: (x) => `${count(x)} tokens`
 const known = (key) => runs.some((run) => (run.y[key] ?? []).some((value) => value !== null));
 const terms = [...new Set(runs.flatMap((run) => Object.keys(run.y)))].filter((key) => key.startsWith("term: "));
 const CHARTS = [
-  { key: "loss", title: "Loss", unit: "nats per token; dots are held out", print: plain, wide: true },
+  { key: "loss", title: "Loss", unit: "nats per token; dots or dashes are held out", print: plain, wide: true },
   { key: "grad_norm", title: "Gradient norm", unit: "before clipping", print: plain },
   { key: "lr", title: "Learning rate", unit: "", print: small, exact: true, zero: true },
   { key: "tokens_per_s", title: "Speed", unit: "tokens per second, all ranks", print: count, zero: true },
@@ -78,16 +78,18 @@ function decaying(values, span) {
   });
 }
 
+const averaged = (run, chart) => !chart.exact && (view.span > 1 || chart.key in run.means);
+
 // both sides count, or the mean of a falling loss would lie above it
 function mean(run, chart) {
   const span = chart.exact ? 1 : view.span;
-  const cached = run.means[chart.key];
+  const cached = run.drawn[chart.key];
   if (cached && cached.span === span) return cached.values;
-  const raw = run.y[chart.key];
+  const raw = (!chart.exact && run.means[chart.key]) || run.y[chart.key];
   const before = decaying(raw, span), after = decaying(raw.toReversed(), span).toReversed();
   const both = (value, i) => (before[i][0] + after[i][0] - value) / (before[i][1] + after[i][1] - 1);
   const values = raw.map((value, i) => (value === null ? null : both(value, i)));
-  run.means[chart.key] = { span, values };
+  run.drawn[chart.key] = { span, values };
   return values;
 }
 
@@ -152,7 +154,8 @@ function draw(chart) {
     svg.append(make("line", { class: "grid", x1: edge.left, x2: edge.right, y1: y(value), y2: y(value) }));
     svg.append(make("text", { x: edge.left - 8, y: y(value) + 4, "text-anchor": "end" }, chart.print(value)));
   }
-  for (const value of ticks(left, right, width / 130, false))
+  const lap = view.axis !== "time" || right < 120 ? 1 : right < 7200 ? 60 : right < 172800 ? 3600 : 86400;
+  for (const value of ticks(left, right, width / 130, false, lap))
     svg.append(make("text", { x: x(value), y: height - 6, "text-anchor": "middle" }, along[view.axis](value)));
   const clip = `clip-${CHARTS.indexOf(chart)}`;
   const frame = { x: edge.left, y: edge.top - 6, width: edge.right - edge.left + 6, height: edge.bottom - edge.top + 8 };
@@ -166,7 +169,7 @@ function draw(chart) {
 
 function marks(chart, run, plot, x, y, edge) {
   const xs = run.x[view.axis], style = `stroke:${run.color}`;
-  if (view.span > 1 && !chart.exact) plot.append(make("path", { class: "raw", style, d: line(xs, run.y[chart.key], x, y) }));
+  if (averaged(run, chart)) plot.append(make("path", { class: "raw", style, d: line(xs, run.y[chart.key], x, y) }));
   plot.append(make("path", { class: "mean", style, d: line(xs, mean(run, chart), x, y) }));
   for (const point of run.resumes) {
     const at = x(point[axisName()]);
@@ -178,6 +181,11 @@ function marks(chart, run, plot, x, y, edge) {
     const at = y(run.entropy);
     plot.append(make("line", { class: "entropy", x1: edge.left, x2: edge.right, y1: at, y2: at }));
     plot.append(make("text", { x: edge.right - 6, y: at - 5, "text-anchor": "end" }, `unigram entropy ${plain(run.entropy)}`));
+  }
+  if (run.evals.length > 60) {  // as a line: so many dots would hide the loss
+    const d = line(run.evals.map((point) => point[axisName()]), run.evals.map((point) => point.loss), x, y);
+    plot.append(make("path", { class: "held", style, d }));
+    return;
   }
   for (const point of run.evals) {
     if (point.loss === null) continue;
@@ -208,7 +216,7 @@ function follow(chart, event) {
   const rows = runs.filter((run) => run.shown && run.y[chart.key]).map((run) => {
     const i = nearest(run.x[view.axis], view.cursor), value = run.y[chart.key][i], average = mean(run, chart)[i];
     const text = value === null ? "not a number" : chart.print(value);
-    const smoothed = view.span > 1 && !chart.exact && average !== null ? ` (mean ${chart.print(average)})` : "";
+    const smoothed = averaged(run, chart) && average !== null ? ` (mean ${chart.print(average)})` : "";
     return make("div", {}, swatch(run), `${run.name}: ${text}${smoothed} at ${exactly[view.axis](run.x[view.axis][i])}`);
   });
   const tip = document.getElementById("tip");

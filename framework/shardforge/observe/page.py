@@ -11,9 +11,10 @@ from importlib.resources import files
 from typing import Any
 
 from shardforge.observe.history import History
+from shardforge.observe.plots import smooth
 
 POINTS = 4000
-"""Steps of one run that the page keeps; longer runs keep the lowest and the highest loss of each stretch."""
+"""Steps of one run that the page keeps; longer runs keep the extremes of the loss in each stretch."""
 
 
 def html(
@@ -51,7 +52,8 @@ def _script(data: object) -> str:
 def _run(history: History, provenance: Any, samples: str) -> dict[str, Any]:
     start = history.starts[-1]
     clock = history.training_seconds()
-    kept = _kept(history.columns["loss"])
+    series, kept = _series(history), _kept(history.columns["loss"])
+    stretch = len(history.steps) // len(kept) if kept else 1
     tokens = history.columns["tokens_seen"]
     return {
         "name": history.name,
@@ -71,12 +73,18 @@ def _run(history: History, provenance: Any, samples: str) -> dict[str, Any]:
             for step in history.resumes
         ],
         "x": {name: [values[i] for i in kept] for name, values in _axes(history, clock).items()},
-        "y": {name: [_number(values[i]) for i in kept] for name, values in _series(history).items()},
+        "y": {name: _thinned(values, kept) for name, values in series.items()},
+        # what stays of a long run are extremes: their mean would not be the mean of the run
+        "means": {name: _thinned(smooth(values, stretch), kept) for name, values in series.items() if stretch > 1},
         "evals": [
-            {"step": e.step, "tokens": history.at(e.step, tokens), "time": history.at(e.step, clock),
-             "loss": _number(e.loss)}
+            {
+                "step": e.step,
+                "tokens": history.at(e.step, tokens),
+                "time": history.at(e.step, clock),
+                "loss": _number(e.loss),
+            }
             for e in history.evals
-        ],  # fmt: skip
+        ],
         "provenance": provenance,
         "samples": samples,
     }
@@ -108,22 +116,28 @@ def _each(top: list[float], bottom: list[float]) -> list[float]:
     return [a / b if b else math.nan for a, b in zip(top, bottom, strict=True)]
 
 
+def _thinned(values: list[float], kept: list[int]) -> list[float | None]:
+    return [_number(values[i]) for i in kept]
+
+
 def _number(value: float) -> float | None:
     """Six significant digits; None (a gap in the line) for what is not finite."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def _kept(losses: list[float]) -> list[int]:
-    """Indices that stay: all, or of each stretch the lowest and the highest loss, with the first and the last step."""
+    """Indices that stay: all, or the first and the last step and of each stretch the lowest and the highest loss,
+    with a step whose loss is not finite where there is one."""
     count = len(losses)
     if count <= POINTS:
         return list(range(count))
-    stretches = POINTS // 2 - 1
+    stretches = POINTS // 3 - 1
     kept = {0, count - 1}
     for part in range(stretches):
         places = range(part * count // stretches, (part + 1) * count // stretches)
-        kept.add(min(places, key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf))
-        kept.add(max(places, key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf))
+        finite = [i for i in places if math.isfinite(losses[i])]
+        kept |= {min(finite, key=losses.__getitem__), max(finite, key=losses.__getitem__)} if finite else set()
+        kept |= set([i for i in places if not math.isfinite(losses[i])][:1])
     return sorted(kept)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shardforge.observe.history import History
 
@@ -74,18 +74,32 @@ def _draw(loss: Axes, rate: Axes, history: History, color: str) -> None:
     loss.plot(tokens, smooth(values, max(1, len(values) // 80)), color=color, linewidth=2, label=_plain(history.name))
     if history.evals:
         where = [history.at(report.step, tokens) for report in history.evals]
-        loss.plot(
-            where, [report.loss for report in history.evals], "o", color=color, markersize=6,
-            markeredgecolor="white", markeredgewidth=1.2, label=f"{_plain(history.name)}, held out", zorder=3,
-        )  # fmt: skip
+        dots: dict[str, Any] = {
+            "marker": "o",
+            "linestyle": "",
+            "markersize": 6,
+            "markeredgecolor": "white",
+            "markeredgewidth": 1.2,
+        }
+        dashes: dict[str, Any] = {"linestyle": "--", "linewidth": 1.4}  # so many dots would hide the loss
+        style = dots if len(where) <= 60 else dashes
+        label = f"{_plain(history.name)}, held out"
+        loss.plot(where, [report.loss for report in history.evals], color=color, label=label, zorder=3, **style)
     named = len(history.resumes) < 6
     for step in history.resumes:
         for axes in (loss, rate):
             axes.axvline(history.at(step, tokens), color=color, linestyle=":", linewidth=1.2, alpha=0.8)
         loss.annotate(
-            f"resumed at step {step}" if named else "", (history.at(step, tokens), 1), xycoords=("data", "axes fraction"),
-            xytext=(4, -6), textcoords="offset points", rotation=90, va="top", fontsize=8, color=color,
-        )  # fmt: skip
+            f"resumed at step {step}" if named else "",
+            (history.at(step, tokens), 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(4, -6),
+            textcoords="offset points",
+            rotation=90,
+            va="top",
+            fontsize=8,
+            color=color,
+        )
     rate.plot(tokens, history.columns["lr"], color=color, linewidth=1.6)
 
 

@@ -123,9 +123,7 @@ class Progress:
             rows.add_row("", Text(self._status(), style="bold"))
         heading = f"{info.name} · {units.count(info.weights)} weights · {info.layout} · {info.world_size} ranks"
         step = report.step if report is not None else info.first_step
-        return Panel(
-            Group(self._bar(step, info.steps, rates), rows), title=Text(heading), title_align="left", width=84
-        )
+        return Panel(Group(self._bar(step, info.steps, rates), rows), title=Text(heading), title_align="left", width=84)
 
     def _fill(self, rows: Table, report: StepReport, rates: Rates) -> None:
         loss = Text()

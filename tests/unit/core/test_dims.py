@@ -27,7 +27,13 @@ def test_dim_prints_its_pieces(dim: Dim, text: str):
 
 @pytest.mark.parametrize(
     ("dims", "kind"),
-    [((VOCAB, WIDTH), "table"), ((WIDTH, VOCAB), "table"), ((HEADS, WIDTH), "matrix"), ((WIDTH,), "vector"), ((VOCAB,), "vector")],
+    [
+        ((VOCAB, WIDTH), "table"),
+        ((WIDTH, VOCAB), "table"),
+        ((HEADS, WIDTH), "matrix"),
+        ((WIDTH,), "vector"),
+        ((VOCAB,), "vector"),
+    ],
 )
 def test_role_follows_from_dims(dims: tuple[Dim, ...], kind: str):
     assert role(dims) == kind

@@ -15,7 +15,9 @@ CHILDREN = (
     errors.EngineError,
     errors.LaunchError,
 )
-TWO = Problems([RecipeError("no field 'cpp'", "a.yaml:9:3", "did you mean 'pp'?"), LayoutError("does not fit")], "x.yaml")
+TWO = Problems(
+    [RecipeError("no field 'cpp'", "a.yaml:9:3", "did you mean 'pp'?"), LayoutError("does not fit")], "x.yaml"
+)
 
 
 def test_error_prints_where_what_and_fix():

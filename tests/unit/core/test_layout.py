@@ -24,7 +24,7 @@ def test_one_process_prints_as_one():
     assert str(Layout()) == "one"
 
 
-@pytest.mark.parametrize("text", ["", "tp", "2", "tp2-", "zz4", "tp2,dp2"])
+@pytest.mark.parametrize("text", ["", "tp", "2", "tp2-", "zz4", "tp2,dp2", "tp2-tp4", "tp0"])
 def test_unreadable_layout_is_refused(text: str):
     with pytest.raises(LayoutError, match="cannot read layout"):
         Layout.parse(text)

@@ -21,6 +21,8 @@ def test_a_missing_package_names_the_feature_the_field_and_the_extra():
     )
 
 
-@pytest.mark.parametrize(("module", "there"), [("json", True), ("no_such_package", False), ("no_such_package.part", False)])
+@pytest.mark.parametrize(
+    ("module", "there"), [("json", True), ("no_such_package", False), ("no_such_package.part", False)]
+)
 def test_installed_tells_without_importing(module: str, there: bool):
     assert installed(module) is there

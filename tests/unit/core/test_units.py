@@ -22,7 +22,9 @@ def test_printed_count_is_within_one_percent(value: int):
     assert float(text[:-1]) * SCALE[text[-1]] == pytest.approx(value, rel=0.01)
 
 
-@pytest.mark.parametrize(("value", "text"), [(0, "0 B"), (1536, "1.50 KiB"), (2**30, "1.00 GiB"), (200 * 2**20, "200 MiB")])
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0 B"), (1536, "1.50 KiB"), (2**30, "1.00 GiB"), (200 * 2**20, "200 MiB")]
+)
 def test_bytes_are_in_powers_of_1024(value: float, text: str):
     assert units.bytes_(value) == text
 

@@ -1,0 +1,37 @@
+"""`shardforge train`: start a run, or go on with one."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "train a recipe: starts the run, or resumes it from its last checkpoint"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="name of a shipped recipe, a YAML file, or a run directory")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="sets", help="change a field")
+
+
+def run(args: argparse.Namespace) -> int:
+    from shardforge.recipe.load import load
+
+    loaded = load(args.recipe, args.sets)
+    from shardforge.train.world import distributed
+
+    if distributed() or loaded.recipe.parallel.world_size == 1:
+        from shardforge.train.main import main
+
+        return main(loaded)
+    return several(args, loaded)
+
+
+def several(args: argparse.Namespace, loaded) -> int:
+    """As many local processes as the layout has ranks; what one process can check is checked first."""
+    from shardforge.data.loader import Loader
+    from shardforge.launch.local import launch
+    from shardforge.train.run import directory
+
+    recipe = loaded.recipe
+    Loader(recipe.data, recipe.train, recipe.seed, vocab=recipe.model.vocab).close()
+    words = ["train", args.recipe, *(word for text in args.sets for word in ("--set", text))]
+    return launch(words, recipe.parallel.world_size, directory(recipe))

@@ -1,0 +1,104 @@
+"""The loop: one turn a step, everything that changes the run in order and in sight."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import psutil
+import torch
+
+from shardforge.checkpoint import folders
+from shardforge.engine.base import Losses, UpdateStats
+from shardforge.observe.base import EvalReport, StepReport
+from shardforge.train import watchdog
+from shardforge.train.run import Run
+from shardforge.train.signals import StopRequests
+
+
+def train(run: Run) -> str:
+    """Turn until the last step or a stop request; "finished" or "stopped". Collective."""
+    steps, step = run.recipe.train.steps, run.step
+    with StopRequests(run.dir.stop, run.world.control) as stop:
+        stopping = False
+        while step < steps and not stopping:
+            begun = time.perf_counter()
+            batch = run.data.batch(step)  # pure in (recipe, step): resume is an integer
+            waited = time.perf_counter() - begun
+            losses = run.engine.forward_backward(batch, step)
+            update = run.engine.update(run.recipe.schedule.at(step, steps))
+            watchdog.check(step, losses, update)
+            step += 1
+            stopping = stop.agreed()
+            stood = save(run, step) if due(run, step) or stopping else 0.0
+            run.audience.on_step(report(run, step, losses, update, time.perf_counter() - begun, waited, stood))
+            if evaluates(run, step):
+                evaluate(run, step)
+        run.store.close()
+        verdict = "finished" if step >= steps else "stopped"
+        run.world.lead(lambda: mark(run, step, verdict, stop.reason))
+    run.audience.on_end(verdict)
+    run.data.close()
+    return verdict
+
+
+def due(run: Run, step: int) -> bool:
+    every = run.recipe.checkpoint.every
+    return step == run.recipe.train.steps or bool(every and step % every == 0)
+
+
+def save(run: Run, step: int) -> float:
+    """Seconds that training stood still; the writing goes on behind."""
+    stood = run.store.save(step, run.engine.state(), {"data": run.data.fingerprint})
+    run.audience.on_checkpoint(step, run.dir.checkpoints / folders.name(step))
+    return stood
+
+
+def evaluates(run: Run, step: int) -> bool:
+    every, sequences = run.recipe.train.eval_every, run.recipe.train.eval_sequences
+    return bool(sequences) and (step == run.recipe.train.steps or bool(every and step % every == 0))
+
+
+def evaluate(run: Run, step: int) -> EvalReport:
+    """Held-out loss over the same sequences at every step and on every layout."""
+    total, scored = 0.0, 0
+    for batch in run.data.held_out_batches(run.recipe.train.eval_sequences):
+        losses = run.engine.evaluate(batch)
+        total, scored = total + losses.loss * losses.scored, scored + losses.scored
+    found = EvalReport(step=step, loss=total / max(1, scored), tokens=scored)
+    run.audience.on_eval(found)
+    return found
+
+
+def report(
+    run: Run, step: int, losses: Losses, update: UpdateStats, seconds: float, waited: float, stood: float
+) -> StepReport:
+    sequences = run.data.sequences(step - 1)
+    return StepReport(
+        step=step,
+        steps=run.recipe.train.steps,
+        loss=losses.loss,
+        terms=losses.terms,
+        grad_norm=update.grad_norm,
+        lr=run.recipe.schedule.at(step - 1, run.recipe.train.steps),
+        tokens=sequences * run.recipe.train.seq_len,
+        tokens_seen=run.data.tokens_before(step),
+        seconds=seconds,
+        data_seconds=waited,
+        save_seconds=stood,
+        model_flops=sequences * run.engine.step_flops,
+        peak_flops=run.peak_flops,
+        memory_bytes=memory(run.world.device),
+    )
+
+
+def memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+def mark(run: Run, step: int, verdict: str, reason: str) -> None:
+    """First rank: the verdict that a launcher reads; exit codes do not survive torchrun and srun."""
+    run.dir.stopped.write_text(json.dumps({"state": verdict, "step": step, "reason": reason}) + "\n")
+    run.dir.stop.unlink(missing_ok=True)

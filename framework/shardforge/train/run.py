@@ -1,0 +1,169 @@
+"""A recipe becomes a run: directory, data, engine, checkpoints, observers. What `loop` then turns."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import torch
+import torch.distributed as dist
+
+from shardforge.checkpoint.store import Store
+from shardforge.core import units
+from shardforge.core.errors import DataError, ForgeError, Problems, RecipeError
+from shardforge.core.log import logger
+from shardforge.core.rundir import RunDir
+from shardforge.data.loader import Loader
+from shardforge.engine.base import Engine
+from shardforge.observe.audience import Audience
+from shardforge.observe.base import RunInfo
+from shardforge.observe.jsonl import MetricsFile
+from shardforge.observe.progress import display
+from shardforge.precision.types import DTYPES
+from shardforge.recipe.load import Loaded, load
+from shardforge.recipe.provenance import content_hash, differences, dump, plain
+from shardforge.recipe.schema import Recipe
+from shardforge.train import lock, peak, provenance
+from shardforge.train.world import World
+
+log = logger("train")
+
+KEPT = ("seed", "model", "objective", "data.packing", "data.documents", "data.shuffled", "data.sources")
+KEPT += ("train.sequences", "train.seq_len", "train.batch_warmup")
+"""Fields that a run directory keeps for life, with all below them: they decide weights and data order."""
+FREE = ("model.core",)
+
+
+@dataclass
+class Run:
+    """Everything the loop needs. Equal on all ranks but for `audience`, which is empty on all but the first."""
+
+    recipe: Recipe
+    dir: RunDir
+    world: World
+    engine: Engine
+    data: Loader
+    store: Store
+    audience: Audience
+    step: int  # steps finished
+    peak_flops: float  # of all devices together
+    held: IO[str] | None  # the lock
+
+
+def directory(recipe: Recipe) -> RunDir:
+    return RunDir(Path(recipe.run_dir or f"runs/{recipe.name}"))
+
+
+def open_run(loaded: Loaded, world: World) -> Run:
+    """Collective. A mistake is one ForgeError on all ranks, and then no file of an earlier run has changed."""
+    recipe, run_dir = loaded.recipe, directory(loaded.recipe)
+    held: list[IO[str]] = []
+    world.lead(lambda: held.append(lock.take(run_dir.lock)))
+    world.lead(lambda: check_same_run(run_dir, recipe))
+    data = world.agree(lambda: open_data(recipe, world))
+    engine = world.agree(lambda: recipe.engine.build(recipe, world.device))
+    store = Store(run_dir.checkpoints, recipe.checkpoint, describe=engine.describe(), group=world.control)
+    step = resume(store, engine, data, world)
+    rate = torch.tensor(peak.measure(world.device, DTYPES[recipe.precision.compute]), dtype=torch.float64)
+    if world.control is not None:
+        dist.all_reduce(rate, group=world.control)
+    world.lead(lambda: write_identity(loaded, run_dir, data, step, world))
+    audience = Audience(watchers(recipe, run_dir) if world.first else ())
+    audience.on_start(
+        RunInfo(
+            name=recipe.name,
+            path=run_dir.path,
+            layout=str(recipe.parallel),
+            world_size=world.size,
+            weights=engine.weights,
+            steps=recipe.train.steps,
+            first_step=step,
+            recipe=plain(recipe),
+            unigram_entropy=data.corpora[0].manifest.unigram_nats if len(data.corpora) == 1 else None,
+        )
+    )
+    return Run(recipe, run_dir, world, engine, data, store, audience, step, rate.item(), *(held or [None]))
+
+
+def watchers(recipe: Recipe, run_dir: RunDir) -> list:
+    return [MetricsFile(run_dir.metrics), display(), *(each.build() for each in recipe.observe)]
+
+
+def open_data(recipe: Recipe, world: World) -> Loader:
+    ranks = recipe.parallel.data_ranks
+    return Loader(
+        recipe.data,
+        recipe.train,
+        recipe.seed,
+        vocab=recipe.model.vocab,
+        data_rank=world.rank // recipe.parallel.tp,
+        data_ranks=ranks,
+    )
+
+
+def check_same_run(run_dir: RunDir, recipe: Recipe) -> None:
+    """Refuse to go on with another run's directory; say which differences matter."""
+    if not run_dir.recipe.exists():
+        return
+    before = load(run_dir.recipe).recipe
+    changes = differences(plain(before), plain(recipe))
+    problems: list[ForgeError] = [
+        RecipeError(f"{field}: {old!r} there, {new!r} here", run_dir.recipe) for field, old, new in changes if kept(field)
+    ]
+    if problems:
+        problems.append(
+            RecipeError("these decide weights and data order", fix="give the new run its own place: --set run_dir=...")
+        )
+        raise Problems(problems, f"going on with the run in {run_dir.path}")
+    for field, old, new in changes:
+        log.info("going on with %s: %r -> %r", field, old, new)
+
+
+def kept(field: str) -> bool:
+    def below(names: tuple[str, ...]) -> bool:
+        return any(field == name or field.startswith((f"{name}.", f"{name}[")) for name in names)
+
+    return below(KEPT) and not below(FREE) and not field.endswith(".path")  # moved data is known by its fingerprint
+
+
+def resume(store: Store, engine: Engine, data: Loader, world: World) -> int:
+    """Load the newest committed checkpoint; the number of finished steps comes back, 0 without one."""
+    steps = world.lead(store.committed)
+    if not steps:
+        return 0
+    saved = world.lead(lambda: store.extra(steps[-1]))
+    if saved["data"] != data.fingerprint:
+        raise DataError(
+            f"the corpus has changed since the checkpoint of step {steps[-1]}: fingerprint {saved['data']} then, "
+            f"{data.fingerprint} now",
+            ", ".join(str(corpus.path) for corpus in data.corpora),
+            "put the old corpus back, or start a new run with --set run_dir=...",
+        )
+    engine.load(lambda tensors: store.load(steps[-1], tensors))
+    log.info("resumed after step %d from %s", steps[-1], store.path)
+    return steps[-1]
+
+
+def write_identity(loaded: Loaded, run_dir: RunDir, data: Loader, step: int, world: World) -> None:
+    """First rank: what this run is, for people and for `shardforge train RUN_DIR/recipe.yaml`."""
+    recipe = loaded.recipe
+    for stale in (run_dir.stopped, run_dir.failure):
+        with suppress(FileNotFoundError):
+            stale.unlink()
+    run_dir.recipe.write_text(dump(recipe))
+    origins = {field: str(origin) for field, origin in loaded.origins.items()}
+    run_dir.origins.write_text(json.dumps(origins, indent=1) + "\n")
+    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
+    entry = provenance.start(
+        recipe_hash=content_hash(recipe),
+        data=data.fingerprint,
+        seed=recipe.seed,
+        layout=str(recipe.parallel),
+        first_step=step,
+        device=f"{world.size} x {name}",
+    )
+    provenance.append(run_dir.provenance, entry)
+    log.info("run directory %s, layout %s, %s", run_dir.path, recipe.parallel, units.count(data.samples) + " samples")

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import hashlib
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from shardforge.checkpoint import tensorfile
+from shardforge.checkpoint.tensorfile import TYPES, Part, write_tensors, write_whole
+
+
+def part(key: str, numbers: torch.Tensor) -> Part:
+    return Part(key, tensorfile.type_name(numbers.dtype), tuple(numbers.shape), lambda: numbers)
+
+
+def test_the_safetensors_library_reads_what_is_written(tmp_path):
+    tensors = {name: torch.ones(3, 2).to(kind) for name, (kind, _) in TYPES.items()}
+    write_tensors(tmp_path / "a", [part(key, numbers) for key, numbers in tensors.items()])
+    found = load_file(tmp_path / "a")
+    assert {key: (numbers.dtype, numbers.float().sum().item()) for key, numbers in found.items()} == {
+        key: (numbers.dtype, 6.0) for key, numbers in tensors.items()
+    }
+
+
+def test_the_hash_is_that_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensorfile, "BLOCK_BYTES", 100)
+    written = write_tensors(tmp_path / "a", [part("x", torch.randn(1000))])
+    content = (tmp_path / "a").read_bytes()
+    assert (written.bytes, written.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+
+
+def test_every_tensor_is_aligned_to_its_type(tmp_path):
+    write_tensors(tmp_path / "a", [part("b", torch.ones(3, dtype=torch.bool)), part("d", torch.ones(3).double())])
+    header = int.from_bytes((tmp_path / "a").read_bytes()[:8], "little")
+    assert header % 8 == 0
+    assert b'"d":{"dtype":"F64","shape":[3],"data_offsets":[0,24]}' in (tmp_path / "a").read_bytes()
+
+
+def test_an_existing_file_is_never_written_over(tmp_path):
+    (tmp_path / "a").write_text("mine")
+    with pytest.raises(FileExistsError):
+        write_tensors(tmp_path / "a", [part("x", torch.zeros(1))])
+
+
+def test_only_one_tensor_is_fetched_at_a_time(tmp_path, monkeypatch):
+    events: list[str] = []
+    put = tensorfile.put
+
+    def fetch(name: str) -> torch.Tensor:
+        events.append(f"fetch {name}")
+        return torch.zeros(1)
+
+    def note(file, block):
+        events.append("put")
+        put(file, block)
+
+    monkeypatch.setattr(tensorfile, "put", note)
+    write_tensors(tmp_path / "a", [Part(name, "float32", (1,), lambda name=name: fetch(name)) for name in "xy"])
+    assert events == ["put", "fetch x", "put", "fetch y", "put"]
+
+
+def test_a_whole_file_is_never_seen_half_written(tmp_path, monkeypatch):
+    write_whole(tmp_path / "a", b"old")
+
+    def fail(handle: int) -> None:
+        raise OSError(5, "disk")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk"):
+        write_whole(tmp_path / "a", b"new content")
+    assert (tmp_path / "a").read_bytes() == b"old"
