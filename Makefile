@@ -1,6 +1,7 @@
 # Needs Python 3.11 or newer with pip, and a C compiler; everything else goes into .venv.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_FLAGS ?=
+TESTS ?= tests
 
 venv := .venv/bin/python
 pip := PYTHONWARNINGS=ignore $(venv) -m pip install -qq $(PIP_FLAGS) -c tools/dev/constraints.txt
@@ -16,8 +17,8 @@ help: ## this list
 pretrain: .venv/.stamp-run ## train a small model on two processes: data, stop, resume, samples, report
 	@$(venv) tools/pretrain.py
 
-test: .venv/.stamp-test ## every test that needs no GPU
-	@$(threads) $(venv) -m pytest tests --durations=15
+test: .venv/.stamp-test ## every test that needs no GPU; TESTS=tests/repo runs one group
+	@$(threads) $(venv) -m pytest -m "not gpu" --durations=15 $(TESTS)
 
 check: .venv/.stamp-test ## the one command before a commit: format, imports, sizes, types, fast tests
 	@tools/dev/check

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -10,7 +11,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from shardforge.core.layout import Layout
+from shardforge.parallel import mesh
 from tests.tiny import batch, part, tiny
+
+mesh.build = functools.cache(mesh.build)  # a group has threads: one mesh a layout for the life of a pool
 
 
 def two_steps(layout: Layout, changes: dict[str, Any]) -> dict[str, Tensor]:

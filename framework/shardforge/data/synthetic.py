@@ -80,9 +80,7 @@ def sparse(folder: Path, tokens: int = 10**12, shard_tokens: int = 10**8, docume
             file.truncate(size * dtype.itemsize)
         beside(folder / name, ".idx").write_bytes(b"".join(index_parts(lengths, dtype, CODES[dtype])))
         fake = hashlib.sha256(name.encode()).hexdigest()
-        records.append(
-            ShardRecord(name=name, tokens=size, documents=lengths.size, bin_sha256=fake, idx_sha256=fake)
-        )
+        records.append(ShardRecord(name=name, tokens=size, documents=lengths.size, bin_sha256=fake, idx_sha256=fake))
     return _commit(folder, {"train": tuple(records), "held_out": ()}, 50_000, 0, 0.0, None)
 
 

@@ -51,6 +51,6 @@ class ModelConfig:
 def expand(item: str) -> tuple[str, ...]:
     """ "moe x 3" -> ("moe", "moe", "moe"); "dense" -> ("dense",)."""
     name, _, times = item.partition(" x ")
-    if times and not (times.strip().isdigit() and int(times) > 0):
+    if times and not (times.strip().isdecimal() and int(times) > 0):
         raise RecipeError(f"cannot read {item!r}", "model.stack", "write a block name, or 'name x 12'")
     return (name.strip(),) * (int(times) if times else 1)

@@ -80,13 +80,10 @@ def inline(value: Any) -> str:
         return f"[{', '.join(inline(item) for item in value)}]"
     if isinstance(value, dict):
         return f"{{{', '.join(f'{inline(key)}: {inline(child)}' for key, child in value.items())}}}"
-    text = _flow(value, None)
-    return _flow(value, '"') if "\n" in text else text
-
-
-def _flow(value: Any, style: str | None) -> str:
-    shown = yaml.safe_dump([value], default_flow_style=True, default_style=style, width=math.inf, allow_unicode=True)
-    return shown.strip()[1:-1]
+    # YAML folds every kind of line break outside double quotes, U+0085 and U+2028 too
+    style = '"' if isinstance(value, str) and not value.isprintable() else None
+    text = yaml.safe_dump([value], default_flow_style=True, default_style=style, width=math.inf, allow_unicode=True)
+    return text.strip()[1:-1]
 
 
 def _lines(value: Any, key: str, indent: str, path: str = "") -> Iterator[tuple[str, str]]:

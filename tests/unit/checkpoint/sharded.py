@@ -43,7 +43,7 @@ def mesh_of(layout: Layout) -> DeviceMesh:
 
 
 def build(layout: Layout, seed: int, width: int = 12) -> tuple[Net, torch.optim.Optimizer]:
-    """The model of `seed` split by `layout`; its AdamW moments are twice and four times the weights, its step `seed`."""
+    """The model of `seed` split by `layout`; its AdamW moments are 2 and 4 times the weights, its step is `seed`."""
     net = Net(seed, width)
     if layout.world_size > 1:
         mesh = mesh_of(layout)

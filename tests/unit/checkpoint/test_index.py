@@ -35,7 +35,13 @@ def test_an_index_comes_back_as_it_was_written(tmp_path):
     "name",
     [
         *("../rank-00000.safetensors", "/etc/passwd", "sub/rank-00000.safetensors", "rank-00000.safetensors/..", ""),
-        *("rank-0.safetensors", "weights.pt", ".metadata", "rank-00000.safetensors\n", "rank-٠٠٠٠٠.safetensors"),
+        *(
+            "rank-0.safetensors",
+            "weights.pt",
+            ".metadata",
+            "rank-00000.safetensors\n",
+            "rank-\u0660\u0660\u0660\u0660\u0660.safetensors",
+        ),
         *(7, None, ["rank-00000.safetensors"]),
     ],
     ids=repr,
@@ -70,7 +76,9 @@ def test_an_entry_that_makes_no_sense_is_named(tmp_path, value, told):
         index.read(put(tmp_path, value))
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"format": 1}', '{"format": 9, "tensors": {}}', '{"format":1,"tensors":[]}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"format": 1}', '{"format": 9, "tensors": {}}', '{"format":1,"tensors":[]}']
+)
 def test_a_foreign_document_is_refused(tmp_path, text):
     (tmp_path / index.NAME).write_text(text)
     with pytest.raises(CheckpointError):

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,6 +61,23 @@ def test_only_one_tensor_is_fetched_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(tensorfile, "put", note)
     write_tensors(tmp_path / "a", [Part(name, "float32", (1,), lambda name=name: fetch(name)) for name in "xy"])
     assert events == ["put", "fetch x", "put", "fetch y", "put"]
+
+
+def test_a_whole_file_is_on_the_disk_before_it_has_its_name_and_its_name_before_the_call_returns(tmp_path, monkeypatch):
+    events: list[str] = []
+    replace = os.replace
+
+    def note(source: Path, target: Path) -> None:
+        events.append("name")
+        replace(source, target)
+
+    def fsync(handle: int) -> None:
+        events.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "content")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", note)
+    write_whole(tmp_path / "a", b"content")
+    assert events == ["content", "name", "folder"]
 
 
 def test_a_whole_file_is_never_seen_half_written(tmp_path, monkeypatch):

@@ -92,6 +92,7 @@ def test_plain_data_holds_only_what_yaml_knows():
         ("5", "'5'"),
         ("a, b", "'a, b'"),
         ("a\nb", '"a\\nb"'),
+        ("\x85", '"\\N"'),
         ("", "''"),
         ([1, "x"], "[1, x]"),
         ({}, "{}"),

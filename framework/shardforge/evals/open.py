@@ -1,0 +1,57 @@
+"""A trained run, opened on one process: model, tokenizer, recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from shardforge.checkpoint.state import collect, table
+from shardforge.checkpoint.store import Store
+from shardforge.core.errors import CheckpointError, DataError
+from shardforge.core.layout import Layout
+from shardforge.core.rundir import RunDir
+from shardforge.data.corpus import Corpus
+from shardforge.model.build import build
+from shardforge.precision.types import DTYPES
+from shardforge.recipe.load import load
+from shardforge.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Trained:
+    recipe: Recipe  # with the layout of one process
+    model: nn.Module
+    tokenizer: object  # tokenizers.Tokenizer
+    eos: int
+    corpus: Corpus
+    step: int
+
+
+def open_trained(run_dir: RunDir, step: int | None = None) -> Trained:
+    """The weights of a checkpoint (the newest by default), whatever layout wrote it, for evaluation."""
+    from tokenizers import Tokenizer
+
+    if not run_dir.recipe.exists():
+        raise DataError("this is not a run directory: it has no recipe.yaml", run_dir.path, "name a folder like runs/x")
+    recipe = dataclasses.replace(load(run_dir.recipe).recipe, parallel=Layout())
+    corpus = Corpus.open(Path(recipe.data.sources[0].path))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = build(recipe.model, recipe.objective.build(), DTYPES[recipe.precision.master])
+    model.to_empty(device=device)
+    store = Store(run_dir.checkpoints, recipe.checkpoint, describe={"model": table(model)})
+    steps = store.committed()
+    if not steps or (step is not None and step not in steps):
+        raise CheckpointError(
+            f"no committed checkpoint of step {step}; there are {steps}" if steps else "no committed checkpoint yet",
+            run_dir.checkpoints,
+            f"choose from {steps}" if steps else "wait for the first one, or start the run",
+        )
+    chosen = steps[-1] if step is None else step
+    store.load(chosen, collect(model))
+    store.close()
+    tokenizer = Tokenizer.from_file(str(corpus.tokenizer))
+    return Trained(recipe, model.eval(), tokenizer, corpus.manifest.tokenizer.eos, corpus, chosen)

@@ -1,0 +1,67 @@
+"""Law 4: any layout equals one process in loss, every gradient, clip norm and weights, in float64 at 1e-10."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from shardforge.core.layout import Layout
+from tests.equivalence.cases import two_steps
+from tests.tiny import LENGTH, SEQUENCES, assert_same
+from tests.tiny_kinds import GQA, OPTIONS, variants
+
+LAYOUTS = ["dp2", "tp2", "dp4", "rep2-dp2", "tp4", "dp2-tp2", "rep2-tp2"]
+CASES = variants() | OPTIONS
+TRAIN = {"steps": 2, "sequences": SEQUENCES, "seq_len": LENGTH}
+AXES: dict[str, dict[str, Any]] = {
+    "accumulated": {"train": TRAIN | {"micro_batch": 1}},
+    "recompute-full": {"engine": {"kind": "native", "recompute": "full"}},
+    "recompute-selective": {"engine": {"kind": "native", "recompute": "selective"}},
+    "kept-gathered": {"engine": {"kind": "native", "resharded": False}},
+    "accumulated-recompute-full": {
+        "train": TRAIN | {"micro_batch": 2},
+        "engine": {"kind": "native", "recompute": "full"},
+    },
+}
+"""How a step is computed, which must not change what is computed."""
+
+
+@pytest.fixture(scope="module")
+def alone(ranks):
+    """name -> the two steps of one process, computed once."""
+    return functools.cache(lambda name: ranks(1).run(two_steps, Layout(), CASES[name])[0])
+
+
+def compare(ranks, expected: dict[str, torch.Tensor], layout: str, changes: dict[str, Any]) -> None:
+    wanted = Layout.parse(layout)
+    assert_same(ranks(wanted.world_size).run(two_steps, wanted, changes)[0], expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES)
+def test_any_layout_equals_one_process(ranks, alone, case, layout):
+    compare(ranks, alone(case), layout, CASES[case])
+
+
+@pytest.mark.parametrize("layout", ["one", *LAYOUTS])
+@pytest.mark.parametrize("axis", AXES)
+def test_how_a_step_is_computed_does_not_change_it(ranks, alone, axis, layout):
+    compare(ranks, alone("dropout"), layout, OPTIONS["dropout"] | AXES[axis])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["one", "dp2", "tp2", "dp2-tp2"])
+@pytest.mark.parametrize("axis", ["plain", "recompute-full"])
+def test_compiled_blocks_equal_eager_ones(ranks, alone, axis, layout):
+    engine = AXES.get(axis, {}).get("engine", {"kind": "native"}) | {"compiled": True}
+    compare(ranks, alone("grouped-heads"), layout, OPTIONS["grouped-heads"] | {"engine": engine})
+
+
+def test_a_layout_that_cannot_split_the_heads_is_refused_with_one_that_can(ranks):
+    from tests.ranks import RankFailure
+
+    with pytest.raises(RankFailure, match=r"kv_heads=2 cannot be split 4 ways over tp(.|\n)*tp=2 keeps the same 4"):
+        ranks(4).run(two_steps, Layout(tp=4), {"mixer": GQA | {"kv_heads": 2}})
