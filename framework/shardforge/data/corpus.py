@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -46,6 +46,7 @@ class Stream:
         self.documents = sum(shard.documents for shard in shards)
         self._open: OrderedDict[int, ShardReader] = OrderedDict()
         self._lock = threading.Lock()
+        self._names = lru_cache(maxsize=OPEN_SHARDS)(lambda path: NamesReader(path) if path.is_file() else None)
 
     def begin(self, shard: int) -> int:
         """First token of a shard in the stream."""
@@ -102,8 +103,8 @@ class Stream:
 
     def name(self, shard: int, document: int) -> str:
         """Name of a document; shards of other programs have none, and give its number."""
-        path = beside(self.folder / self.shards[shard].name, ".names")
-        return NamesReader(path)[document] if path.is_file() else f"{self.shards[shard].name}#{document}"
+        names = self._names(beside(self.folder / self.shards[shard].name, ".names"))
+        return names[document] if names else f"{self.shards[shard].name}#{document}"
 
 
 @dataclass(frozen=True)

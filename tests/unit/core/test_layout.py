@@ -10,7 +10,7 @@ from shardforge.core.dims import Dim
 from shardforge.core.errors import LayoutError
 from shardforge.core.layout import RULES, Layout
 
-DEGREES = st.integers(1, 5)
+DEGREES = st.integers(1, 4)
 LAYOUTS = st.builds(Layout, dp_replicate=DEGREES, dp_shard=DEGREES, tp=DEGREES)
 HIDDEN = Dim("hidden", 64)
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 
 from shardforge.core.options import option
 from shardforge.core.slots import Slot
@@ -66,6 +66,7 @@ def test_schema_is_json_of_the_dialect_it_names():
     assert schema()["$schema"] == "https://json-schema.org/draft/2020-12/schema"
 
 
+@settings(max_examples=40)
 @given(recipes())
 def test_every_resolved_recipe_keeps_the_schema(recipe: Recipe):
     assert accepts(plain(recipe))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardforge.recipe.load import from_mapping, load
@@ -54,6 +54,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
     )
 
 
+@settings(max_examples=40)
 @given(recipe=recipes())
 def test_a_dumped_recipe_loads_back_equal(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory):
     path = tmp_path_factory.getbasetemp() / "dumped.yaml"
@@ -61,6 +62,7 @@ def test_a_dumped_recipe_loads_back_equal(recipe: Recipe, tmp_path_factory: pyte
     assert load(path).recipe == recipe
 
 
+@settings(max_examples=40)
 @given(recipe=recipes())
 def test_a_dump_with_remarks_loads_back_equal(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory):
     path = tmp_path_factory.getbasetemp() / "remarks.yaml"
@@ -68,6 +70,7 @@ def test_a_dump_with_remarks_loads_back_equal(recipe: Recipe, tmp_path_factory: 
     assert load(path).recipe == recipe
 
 
+@settings(max_examples=40)
 @given(recipes())
 def test_leaves_are_what_origins_know(recipe: Recipe):
     assert set(leaves(plain(recipe))) == set(from_mapping(plain(recipe)).origins)
