@@ -13,7 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="start of a text; may be given several times")
     parser.add_argument("--tokens", type=int, default=96, help="tokens to add at most (default: 96)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="total probability that is drawn from (default: 0.95)")
+    parser.add_argument(
+        "--top-p", type=float, default=0.95, help="total probability that is drawn from (default: 0.95)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
     parser.add_argument("--step", type=int, help="checkpoint to sample; the newest by default")
     parser.add_argument("--save", action="store_true", help="also write samples.txt, which the report shows")

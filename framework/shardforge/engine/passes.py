@@ -25,4 +25,3 @@ def apply(
     compile_pass.apply(model, compiled)  # before FSDP, whose hooks stay outside the compiled code
     if mesh.layout.world_size > 1 or mixed.param_dtype is not None:
         fully_shard.apply(model, mesh, mixed, resharded=resharded)  # last: it wraps what the others made
-

@@ -35,9 +35,7 @@ def apply(model: nn.Module, kind: Recompute) -> None:
         return
     contexts = {} if kind == "full" else {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}
     for block in tagged(model, "block"):
-        block.forward = partial(
-            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **contexts
-        )
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **contexts)
 
 
 def _policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:

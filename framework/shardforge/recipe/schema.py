@@ -64,7 +64,7 @@ class PrecisionConfig:
 class CheckpointConfig:
     every: int = option(500, "distance between checkpoints; 0 saves only at the end", unit="steps", at_least=0)
     keep_last: int = option(3, "newest checkpoints kept", at_least=1)
-    keep_every: int | None = option(None, "checkpoints whose step is a multiple of this stay for ever", unit="steps", at_least=1)
+    keep_every: int | None = option(None, "multiples of this are never deleted", unit="steps", at_least=1)
     asynchronous: bool = option(True, "write in the background; training waits only for the copy")
 
 
@@ -84,7 +84,7 @@ class TrainConfig:
         None, "sequences in one forward pass of one data rank; empty takes the rank's whole share", at_least=1
     )
     batch_warmup: BatchWarmupConfig | None = option(None, "smaller batches at the start")
-    eval_every: int = option(0, "distance between held-out evaluations; 0 evaluates only at the end", unit="steps", at_least=0)
+    eval_every: int = option(0, "distance between held-out evaluations; 0: at the end only", unit="steps", at_least=0)
     eval_sequences: int = option(64, "held-out sequences of one evaluation", unit="sequences", at_least=0)
 
 

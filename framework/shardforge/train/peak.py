@@ -1,4 +1,4 @@
-"""What this machine reaches in plain matrix products, measured at the start: the share that training gets is of that."""
+"""What this machine reaches in plain matrix products, measured at the start; training is reported as a share of it."""
 
 from __future__ import annotations
 

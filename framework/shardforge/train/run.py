@@ -111,7 +111,9 @@ def check_same_run(run_dir: RunDir, recipe: Recipe) -> None:
     before = load(run_dir.recipe).recipe
     changes = differences(plain(before), plain(recipe))
     problems: list[ForgeError] = [
-        RecipeError(f"{field}: {old!r} there, {new!r} here", run_dir.recipe) for field, old, new in changes if kept(field)
+        RecipeError(f"{field}: {old!r} there, {new!r} here", run_dir.recipe)
+        for field, old, new in changes
+        if kept(field)
     ]
     if problems:
         problems.append(

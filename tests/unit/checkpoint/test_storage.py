@@ -63,6 +63,15 @@ def test_any_layout_loads_what_any_other_saved_bit_for_bit(ranks, saved, there, 
     assert on(ranks, here, sharded.differing, saved(there), here, 3) == [[]] * here.world_size
 
 
+def test_a_weight_split_twice_along_one_dimension_is_among_the_cases(ranks):
+    assert ranks(4).run(placements_of_up) == ["[_StridedShard, Shard]"] * 4
+
+
+def placements_of_up() -> str:
+    net, _ = sharded.build(Layout(dp_shard=2, tp=2), 1)
+    return f"[{', '.join(type(placement).__name__ for placement in net.up.placements)}]"
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_what_several_ranks_hold_is_written_once(saved, layout):
     folder = saved(layout) / "step-00000003"

@@ -36,7 +36,6 @@ def counted(*paths):
 os.replace = counted
 build(BuildConfig(inputs=(sys.argv[1],), output=sys.argv[2], tokenizer=TokenizerConfig(vocab=300),
                   held_out=0.1, shard_tokens=1024), workers=1, progress=False)
-print(int(sys.argv[3]) - left)
 """
 
 
@@ -85,7 +84,7 @@ def test_the_number_of_workers_does_not_change_a_byte(asked: Asked):
     assert contents(one) == contents(three) and len(list(one.glob("train-*.bin"))) > 2
 
 
-@pytest.mark.parametrize("renames", [0, 2, 5, 24, 27, 33])
+@pytest.mark.parametrize("renames", [0, 2, 5, 24, 27, 31])
 def test_a_killed_build_goes_on_to_the_same_bytes(asked: Asked, renames: int):
     whole, torn = asked("whole"), asked("torn")
     quiet(whole)
