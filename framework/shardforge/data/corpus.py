@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -142,9 +142,7 @@ class Corpus:
     def verify(self, workers: int | None = None) -> None:
         """Hash every file and check every index entry, on all cores; all differences are raised together."""
         jobs: list[Callable[[], ForgeError | None]] = [
-            lambda shard=shard: self._shard_problem(shard)
-            for shards in self.manifest.splits.values()
-            for shard in shards
+            partial(self._shard_problem, shard) for shards in self.manifest.splits.values() for shard in shards
         ]
         with ThreadPoolExecutor(workers or os.cpu_count()) as pool:  # hashing releases the interpreter lock
             found = list(pool.map(lambda job: job(), jobs))

@@ -138,7 +138,7 @@ class Loader:
 
     def _make(self, step: int) -> Batch:
         rows = self._mine(self.sequences(step))
-        return self._assemble(self.split, rows, [(d.source, d.index) for d in self._drawn(step, rows)])
+        return self._assemble(self.split, rows, [(d.source, d.sample) for d in self._drawn(step, rows)])
 
     def _assemble(self, split: str, rows: range, samples: Sequence[tuple[int, int] | None]) -> Batch:
         """None is a row that holds nothing."""
@@ -155,8 +155,13 @@ class Loader:
             spans = self._packing(split, source).spans(index)
             views = (tokens[row], labels[row], positions[row], documents[row])
             fill(corpus.stream(split), spans, joined, corpus.manifest.tokenizer.eos, views)
-        made = (torch.from_numpy(array) for array in (tokens, labels, positions, documents))
-        return Batch(*made, torch.arange(rows.start, rows.stop))
+        return Batch(
+            tokens=torch.from_numpy(tokens),
+            labels=torch.from_numpy(labels),
+            positions=torch.from_numpy(positions),
+            documents=torch.from_numpy(documents),
+            rows=torch.arange(rows.start, rows.stop),
+        )
 
     def trace(self, step: int) -> list[Trace]:
         """The documents behind each row of this rank, row by row."""
@@ -164,9 +169,9 @@ class Loader:
         out = []
         for row, drawn in zip(rows, self._drawn(step, rows), strict=True):
             corpus = self.corpora[drawn.source]
-            for start, stop in self._packing(self.split, drawn.source).spans(drawn.index).tolist():
+            for start, stop in self._packing(self.split, drawn.source).spans(drawn.sample).tolist():
                 for place in corpus.stream(self.split).places(start, stop):
-                    out.append(Trace(row, str(corpus.path), drawn.epoch, drawn.index, place))
+                    out.append(Trace(row, str(corpus.path), drawn.epoch, drawn.sample, place))
         return out
 
     def _drawn(self, step: int, rows: range) -> list[Drawn]:

@@ -6,10 +6,12 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from shardforge.core.errors import DataError
 
@@ -96,10 +98,9 @@ def read(folder: Path) -> Manifest:
         raw = json.loads(path.read_bytes())
     except ValueError as cause:
         raise DataError(f"cannot be read as JSON: {cause}", path, "build the corpus again") from cause
-    if raw.get("format") != FORMAT:
-        raise DataError(
-            f"format {raw.get('format')!r}, this version reads format {FORMAT}", path, "build the corpus again"
-        )
+    found = raw.get("format") if isinstance(raw, dict) else None
+    if found != FORMAT:
+        raise DataError(f"format {found!r}, this version reads format {FORMAT}", path, "build the corpus again")
     try:
         return _from(raw)
     except (KeyError, TypeError, AttributeError) as cause:
@@ -142,11 +143,9 @@ def replace(path: Path, content: bytes) -> None:
     os.replace(scratch, path)
 
 
-def unigram(train: Sequence[int], held_out: Sequence[int]) -> tuple[float, float | None]:
+def unigram(train: np.ndarray, held_out: np.ndarray) -> tuple[float, float | None]:
     """(entropy of train, cross entropy of held-out under smoothed train), nats per token, from token counts."""
-    import numpy as np
-
-    seen, asked = np.asarray(train, np.float64), np.asarray(held_out, np.float64)
+    seen, asked = train.astype(np.float64), held_out.astype(np.float64)
     share = seen[seen > 0] / seen.sum()
     entropy = float(-(share * np.log(share)).sum())
     if not asked.sum():

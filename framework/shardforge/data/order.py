@@ -82,7 +82,7 @@ class Drawn(NamedTuple):
 
     source: int
     epoch: int
-    index: int  # of the sample in corpus order
+    sample: int  # in corpus order
 
 
 class Blend:

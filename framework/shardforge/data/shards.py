@@ -220,7 +220,8 @@ class ShardReader:
 
     def find(self, token: int) -> int:
         """Number of the document that holds a token."""
-        return bisect_right(range(self.documents), token, key=self.start) - 1
+        sequence = bisect_right(self.pointers, token * self.dtype.itemsize) - 1
+        return bisect_right(self.firsts, sequence) - 1
 
     def document(self, number: int) -> np.ndarray:
         """The tokens of one document; a view of the file."""

@@ -30,7 +30,7 @@ def write_corpus(
     splits: dict[str, tuple[ShardRecord, ...]] = {}
     counts = {}
     for split, chosen in (("train", documents), ("held_out", held_out)):
-        records = []
+        records: list[ShardRecord] = []
         for first, last in _shards([document.size for document in chosen], shard_tokens):
             name = f"{split}-{len(records):05d}"
             with ShardWriter(folder / name, dtype) as writer:

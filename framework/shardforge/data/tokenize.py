@@ -54,7 +54,7 @@ class _Kept:
     def __iter__(self) -> Iterator[str]:
         for document in read(self.part):
             if isinstance(document, Invalid):
-                self.invalid.append(tuple(document))
+                self.invalid.append((document.name, document.reason))
             elif not document.text:
                 self.empty += 1
             else:

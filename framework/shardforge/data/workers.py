@@ -15,7 +15,8 @@ from typing import TypeVar
 
 from shardforge.core.errors import DataError
 
-Job, Result = TypeVar("Job"), TypeVar("Result")
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 AHEAD = 4
 """Jobs handed out per worker at a time; bounds what waits in memory."""
 

@@ -9,7 +9,7 @@ from shardforge.nn.sequence import Mask, Sequence, visible
 
 
 class AttentionCore(Module):
-    """softmax(scale * q k^T, over visible keys) v; query head i reads key head i * m // n. Kinds differ in speed only."""
+    """softmax(scale * q k^T, over visible keys) v; query head i reads key head i * m // n. Kinds differ in speed."""
 
     slot = "core"
 

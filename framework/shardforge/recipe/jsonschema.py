@@ -93,7 +93,7 @@ class _Schema:
             for kind, cls in kinds.items():
                 self.shared[f"{slot.name}.{kind}"] = self.fields(cls, kind)
             names = sorted({name for cls in kinds.values() for name in hints(cls)})
-            partial = {"type": "object", "not": {"required": ["kind"]}, "propertyNames": {"enum": names}}
+            partial = {"type": "object", "propertyNames": {"enum": names}}
             entry["oneOf"] = [
                 {"enum": list(kinds)},
                 *(self.reference(f"{slot.name}.{kind}") for kind in kinds),

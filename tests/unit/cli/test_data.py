@@ -30,14 +30,16 @@ def recipe(built: Path, tmp_path: Path) -> str:
         f"base: [{Path('recipes/runs/first.yaml').resolve()}]\n"
         f"data: {{sources: [{{path: {built}}}]}}\n"
         "parallel: {dp_shard: 1}\n"
+        "schedule: {warmup: 1}\n"
         "train: {steps: 5, sequences: 4, seq_len: 32}\n"
     )
     return str(path)
 
 
-def test_a_build_prints_what_it_made(built: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_build_prints_what_it_made(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    main(words)
     out = capsys.readouterr().out
-    assert f"built {built}" in out and "tokenizer 300 tokens" in out
+    assert f"built {tmp_path / 'out'}" in out and "stored as uint16" in out
 
 
 def test_a_build_asked_for_again_says_so(built: Path, words: list[str], capsys: pytest.CaptureFixture[str]):

@@ -98,7 +98,7 @@ def test_all_damaged_files_are_reported_when_opened(corpus: Make):
     found = [(Path(problem.where).name, problem.what) for problem in error.value.problems]
     assert found == [
         ("train-00000.bin", "truncated: 2 bytes, expected 152 by manifest.json"),
-        ("train-00001.idx", "the file is missing, expected 82 bytes"),
+        ("train-00001.idx", "the file is missing, expected 102 bytes"),
     ]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from shardforge.core.errors import DataError
@@ -67,9 +68,9 @@ def test_a_manifest_that_is_not_one_is_named(tmp_path: Path, content: str):
 
 
 def test_entropy_of_four_equal_tokens_is_log_four():
-    assert unigram([5, 5, 5, 5, 0], [0] * 5) == (pytest.approx(math.log(4)), None)
+    assert unigram(np.array([5, 5, 5, 5, 0]), np.zeros(5)) == (pytest.approx(math.log(4)), None)
 
 
 def test_unigram_is_the_cross_entropy_under_counts_plus_one():
-    _, cross = unigram([3, 1, 0], [1, 0, 2])
+    _, cross = unigram(np.array([3, 1, 0]), np.array([1, 0, 2]))
     assert cross == pytest.approx(-(math.log(4 / 7) + 2 * math.log(1 / 7)) / 3)

@@ -60,7 +60,7 @@ def test_each_source_gives_every_sample_once_an_epoch(sizes: list[int], seed: in
     for source, size in enumerate(sizes):
         own = [d for d in drawn if d.source == source]
         for epoch in range(len(own) // size):
-            assert sorted(d.index for d in own if d.epoch == epoch) == list(range(size))
+            assert sorted(d.sample for d in own if d.epoch == epoch) == list(range(size))
 
 
 @given(st.integers(0, 10**15), st.integers(1, 30))
@@ -87,7 +87,7 @@ def test_no_source_ever_gives_samples_back(shares: list[int]):
 def test_unshuffled_sources_come_in_corpus_order():
     drawn = blend([40, 60], [40, 60], shuffled=False).draw(0, 4096)
     for source, size in ((0, 40), (1, 60)):
-        own = [(d.epoch, d.index) for d in drawn if d.source == source]
+        own = [(d.epoch, d.sample) for d in drawn if d.source == source]
         assert own == [divmod(number, size) for number in range(len(own))]
 
 

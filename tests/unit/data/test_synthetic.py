@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ def test_a_token_is_followed_by_one_of_four(tmp_path: Path):
     markov(tmp_path, vocab=32)
     following = defaultdict(set)
     tokens = stream(tmp_path).tolist()
-    for token, after in zip(tokens, tokens[1:], strict=False):
+    for token, after in pairwise(tokens):
         if token and after:
             following[token].add(after)
     assert max(map(len, following.values())) <= 4

@@ -32,6 +32,7 @@ class Everything:
     text: str = ""
     flag: bool = False
     word: Literal["a", "b"] = "a"
+    level: Literal[0, 1] = 0
     maybe: int | None = None
     either: int | Literal["auto"] | None = "auto"
     pair: tuple[int, float] = (1, 2.0)
@@ -127,6 +128,7 @@ def test_a_null_entry_takes_an_inherited_name_out():
         ({"flag": 1}, "flag: expected true or false, got int 1 | only true and false are booleans"),
         ({"word": "c"}, "word: 'c' is not one of 'a', 'b' | choose from a, b"),
         ({"word": ["a"]}, "word: a list is not one of 'a', 'b' | choose from a, b"),
+        ({"level": True}, "level: True is not one of 0, 1 | choose from 0, 1"),
         ({"either": "atuo"}, "either: expected int or 'auto', got str 'atuo'"),
         ({"pair": [1]}, "pair: expected 2 values, got 1"),
         ({"pair": [1, "x"]}, "pair.1: expected float, got str 'x'"),

@@ -37,7 +37,6 @@ def valid(value: Any, rule: dict[str, Any], root: dict[str, Any]) -> bool:
         "const": lambda want: want == value,
         "anyOf": lambda want: any(valid(value, option, root) for option in want),
         "oneOf": lambda want: sum(valid(value, option, root) for option in want) == 1,
-        "not": lambda want: not valid(value, want, root),
         "required": lambda want: not isinstance(value, dict) or set(want) <= value.keys(),
         "properties": lambda want: not isinstance(value, dict)
         or all(valid(value[name], each, root) for name, each in want.items() if name in value),

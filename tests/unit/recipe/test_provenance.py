@@ -119,6 +119,15 @@ def test_hash_does_not_see_order_bases_or_comments(tmp_path: Path):
     assert content_hash(load(tmp_path / "whole.yaml").recipe) == content_hash(load(tmp_path / "high.yaml").recipe)
 
 
+def test_hash_does_not_see_the_order_of_names():
+    model = yaml.safe_load(TEXT)["model"]
+    one, two = model["blocks"]["dense"], {**model["blocks"]["dense"], "ffn": {"kind": "mlp", "inner": 3}}
+    orders = ({"one": one, "two": two}, {"two": two, "one": one})
+    assert (
+        len({content_hash(recipe_of(model={**model, "stack": ["one", "two"], "blocks": each})) for each in orders}) == 1
+    )
+
+
 def test_hash_sees_every_value():
     assert len({content_hash(recipe_of()), content_hash(recipe_of(seed=1)), content_hash(recipe_of(name="y"))}) == 3
 

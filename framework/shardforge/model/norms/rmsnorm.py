@@ -11,12 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from shardforge.core.dims import Dim
 from shardforge.core.options import option
 from shardforge.core.slots import norms
+from shardforge.nn.fused import rms_norm
 from shardforge.nn.init import constant
 from shardforge.nn.module import Module, local
 
@@ -45,7 +45,7 @@ class RMSNorm(Module):
         if self.offset:
             weight = weight + self.offset
         if self.total is None:
-            return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
+            return rms_norm(x, weight, self.eps)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         mean = self.total(wide.square().sum(-1, keepdim=True)) / self.size
         return (wide * torch.rsqrt(mean + self.eps)).to(x.dtype) * weight

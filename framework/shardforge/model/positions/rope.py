@@ -15,6 +15,7 @@ from torch import Tensor
 from shardforge.core.errors import RecipeError
 from shardforge.core.options import option
 from shardforge.core.slots import positions
+from shardforge.nn.fused import rotate
 from shardforge.nn.module import Module
 from shardforge.nn.sequence import Sequence
 
@@ -54,10 +55,5 @@ class Rope(Module):
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:  # [b, s, n, d] -> [b, s, n, d]
         cos, sin = seq.tables[self.name]
         if self.whole:
-            return _turn(x, cos, sin)
-        return torch.cat([_turn(x[..., : self.turning], cos, sin), x[..., self.turning :]], -1)
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    a, b = x.chunk(2, -1)  # promoted to the type of the tables
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+            return rotate(x, cos, sin)
+        return torch.cat([rotate(x[..., : self.turning], cos, sin), x[..., self.turning :]], -1)
