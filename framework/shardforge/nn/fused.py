@@ -5,10 +5,24 @@ On CUDA torch fuses these itself; here they serve the CPU and are the definition
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+
+CACHED = 1 << 17
+"""Elements worked on at a time."""
+
+
+class Curve(Protocol):
+    """An elementwise function and its derivative times `grad`."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def slope(self, grad: Tensor, x: Tensor) -> Tensor: ...
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -21,19 +35,58 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class _RMSNorm(Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
+        rows, y = x.reshape(-1, x.shape[-1]), torch.empty_like(x, memory_format=torch.contiguous_format)
+        scale = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        for part, out, each in _parts(rows, y.view_as(rows), scale):
+            torch.mul(part, each, out=out).mul_(weight)
+        ctx.save_for_backward(rows, weight, scale)
+        return y
 
     @staticmethod
     def backward(ctx, grad):
-        # y = w n, n = x s: dw = sum(g n), dx = s (g w - n mean(g w n))
-        x, weight, scale = ctx.saved_tensors
-        n = x * scale
-        dn = grad * n
-        dweight = dn.flatten(0, -2).sum(0)
-        mean = (dn @ weight).div_(x.shape[-1])[..., None]
-        return torch.mul(grad, weight).sub_(n.mul_(mean)).mul_(scale), dweight, None
+        # y = w n with n = x s: dw = sum(g n), dx = s (g w - n mean(g w n))
+        rows, weight, scale = ctx.saved_tensors
+        dx, dweight = torch.empty_like(grad, memory_format=torch.contiguous_format), torch.zeros_like(weight)
+        for part, each, g, out in _parts(rows, scale, grad.reshape(rows.shape), dx.view(rows.shape)):
+            n = part * each
+            dn = g * n
+            dweight += dn.sum(0)
+            n *= (dn @ weight).div_(rows.shape[-1])[:, None]
+            torch.mul(g, weight, out=out).sub_(n).mul_(each)
+        return dx, dweight, None
+
+
+def gated(gate: Tensor, up: Tensor, curve: Curve) -> Tensor:
+    """curve(gate) * up, both [..., f]."""
+    if gate.device.type != "cpu" or torch.compiler.is_compiling():
+        return curve(gate) * up
+    return _Gated.apply(gate, up, curve)
+
+
+class _Gated(Function):
+    @staticmethod
+    def forward(ctx, gate, up, curve):
+        ctx.save_for_backward(gate, up)
+        ctx.curve = curve
+        y = torch.empty_like(gate)
+        for g, u, out in _parts(*(t.reshape(-1, gate.shape[-1]) for t in (gate, up, y))):
+            torch.mul(curve(g), u, out=out)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        for g, u, dy, dg, du in _parts(*(t.reshape(-1, gate.shape[-1]) for t in (gate, up, grad, dgate, dup))):
+            torch.mul(dy, ctx.curve(g), out=du)
+            dg.copy_(ctx.curve.slope(dy * u, g))
+        return dgate, dup, None
+
+
+def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of each tensor [t, d], few enough that what is made of them stays in the cache of a core."""
+    size = max(1, CACHED // max(tensor.shape[-1] for tensor in tensors))
+    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def open_run(loaded: Loaded, world: World) -> Run:
     world.lead(lambda: check_same_run(run_dir, recipe))
     data = world.agree(lambda: open_data(recipe, world))
     engine = world.agree(lambda: recipe.engine.build(recipe, world.device))
-    store = Store(run_dir.checkpoints, recipe.checkpoint, describe=engine.describe(), group=world.control)
+    store = Store(run_dir.checkpoints, recipe.checkpoint, describe=engine.describe())
     step = resume(store, engine, data, world)
     rate = torch.tensor(peak.measure(world.device, DTYPES[recipe.precision.compute]), dtype=torch.float64)
     if world.control is not None:

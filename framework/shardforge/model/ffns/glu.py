@@ -16,6 +16,7 @@ from shardforge.core.options import REQUIRED, option
 from shardforge.core.slots import ffns
 from shardforge.model.activations import CURVES, Activation
 from shardforge.model.context import BuildContext
+from shardforge.nn.fused import gated
 from shardforge.nn.linear import Linear
 from shardforge.nn.module import Module
 
@@ -43,4 +44,4 @@ class GLU(Module):
         self.down = Linear(f, h, ctx.out_of(f), cfg.bias)
 
     def forward(self, x: Tensor) -> Tensor:  # [b, s, h] -> [b, s, h]
-        return self.down(self.curve(self.gate(x)) * self.up(x))
+        return self.down(gated(self.gate(x), self.up(x), self.curve))

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import math
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from shardforge.core.errors import EngineError, LaunchError
+from shardforge.core.slots import cores
+from shardforge.model.attention import AttentionCore
+from shardforge.model.cores import auto, flash
+from shardforge.model.masks.causal import Causal
+from shardforge.model.masks.window import Window
+from shardforge.nn.sequence import Sequence
+
+B, S, D = 2, 24, 8
+MASKS = [Causal(), Window(size=1), Window(size=5), Window(size=100)]
+HEADS = [(4, 4), (4, 2), (4, 1)]
+
+
+def sequence() -> Sequence:
+    """Documents of 24, and of 5, 1 and 18 tokens."""
+    documents = torch.zeros(B, S, dtype=torch.int64)
+    documents[1, 5:6], documents[1, 6:] = 1, 2
+    positions = torch.arange(S).expand(B, -1).clone()
+    positions[1] -= torch.tensor([0] * 5 + [5] + [6] * 18)
+    return Sequence(positions, documents, torch.arange(B))
+
+
+def inputs(n: int, m: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(n * 10 + m)
+    return tuple(torch.randn(B, S, heads, D, generator=generator, dtype=dtype) for heads in (n, m, m))
+
+
+def attend(core: AttentionCore, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    seq = sequence()
+    core.prepare(seq)
+    return core(q, k, v, seq)
+
+
+def made(kind: str, mask: object = MASKS[0], scale: float = 0.3) -> AttentionCore:
+    return cores[kind]().build(mask, scale)
+
+
+def naive(q: Tensor, k: Tensor, v: Tensor, mask: object, scale: float) -> Tensor:
+    """Eq. 1 of the paper, one query at a time, over the keys that its document and mask leave."""
+    seq, group = sequence(), q.shape[2] // k.shape[2]
+    y = torch.zeros(B, S, q.shape[2], D, dtype=q.dtype)
+    for b in range(B):
+        for s in range(S):
+            pos, doc = seq.positions[b], seq.documents[b]
+            keys = [t for t in range(S) if doc[t] == doc[s] and bool(mask.visible(pos[s], pos[t]))]
+            for n in range(q.shape[2]):
+                weight = (k[b, keys, n // group] @ q[b, s, n] * scale).softmax(0)
+                y[b, s, n] = weight @ v[b, keys, n // group]
+    return y
+
+
+def varlen(q, k, v, q_starts, k_starts, q_longest, k_longest, *, softmax_scale, causal, window_size):
+    """What flash_attn_varlen_func computes, by its documentation: query i sees keys [i - left, i + right]."""
+    assert causal and torch.equal(q_starts, k_starts) and q_starts.dtype == torch.int32
+    assert q_longest == k_longest == int(q_starts.diff().max())
+    left = window_size[0]
+    y, group = torch.zeros_like(q), q.shape[1] // k.shape[1]
+    for first, last in zip(q_starts[:-1].tolist(), q_starts[1:].tolist(), strict=True):
+        for i in range(first, last):
+            low = first if left < 0 else max(first, i - left)
+            for n in range(q.shape[1]):
+                weight = (k[low : i + 1, n // group] @ q[i, n] * softmax_scale).softmax(0)
+                y[i, n] = weight @ v[low : i + 1, n // group]
+    return y
+
+
+@pytest.fixture
+def flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = ModuleType("flash_attn")
+    package.flash_attn_varlen_func = varlen
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize(("n", "m"), HEADS)
+def test_eager_is_attention_as_it_is_defined(n, m, mask):
+    q, k, v = inputs(n, m, torch.float64)
+    torch.testing.assert_close(attend(made("eager", mask), q, k, v), naive(q, k, v, mask, 0.3), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize(("n", "m"), HEADS)
+@pytest.mark.parametrize("kind", ["sdpa", "flex", "flash"])
+@torch.no_grad()
+def test_every_core_equals_eager(flash_attn, kind, n, m, mask):
+    q, k, v = inputs(n, m)
+    expected = attend(made("eager", mask), q, k, v)
+    torch.testing.assert_close(attend(made(kind, mask), q, k, v), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_gradients_of_sdpa_are_those_of_eager(mask):
+    found = []
+    for kind in ("eager", "sdpa"):
+        leaves = [x.requires_grad_() for x in inputs(4, 2, torch.float64)]
+        attend(made(kind, mask), *leaves).square().sum().backward()
+        found.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("size", "left"), [(1, 0), (5, 4)])
+def test_flash_is_asked_for_the_keys_before_the_query(flash_attn, size, left):
+    core, asked = made("flash", Window(size=size)), []
+    core.attend = lambda *args, window_size, **options: asked.append(window_size) or args[0]
+    attend(core, *inputs(4, 4))
+    assert asked == [(left, 0)]
+
+
+def test_flash_without_a_window_is_asked_for_all_keys(flash_attn):
+    core, asked = made("flash", Causal()), []
+    core.attend = lambda *args, window_size, **options: asked.append(window_size[0]) or args[0]
+    attend(core, *inputs(4, 4))
+    assert asked == [-1]
+
+
+def test_documents_never_join_over_rows():
+    starts, longest = flash.document_starts(torch.tensor([[0, 0, 1, 1], [1, 1, 1, -1]]))
+    assert (starts.tolist(), longest) == ([0, 2, 4, 7, 8], 3)
+
+
+def test_flash_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    with pytest.raises(LaunchError, match=r"needs the package flash-attn(.|\n)*shardforge\[flash\]"):
+        made("flash")
+
+
+def test_flex_says_that_it_cannot_train_on_cpu():
+    q, k, v = (x.requires_grad_() for x in inputs(4, 4))
+    with pytest.raises(EngineError, match=r"no backward on CPU(.|\n)*sdpa"):
+        attend(made("flex"), q, k, v)
+
+
+@pytest.mark.parametrize("kind", ["eager", "sdpa"])
+def test_the_scale_multiplies_the_scores(kind):
+    q, k, v = inputs(4, 4, torch.float64)
+    scaled = attend(made(kind, scale=1.0), q * 0.5, k, v)
+    torch.testing.assert_close(attend(made(kind, scale=0.5), q, k, v), scaled, rtol=1e-12, atol=1e-12)
+
+
+def test_scores_of_half_precision_are_at_least_float32():
+    q, k, v = (x.bfloat16() for x in inputs(4, 4))
+    q = q * 100
+    got, expected = attend(made("eager"), q, k, v), attend(made("eager"), q.double(), k.double(), v.double())
+    assert got.dtype == torch.bfloat16 and (got - expected).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("cuda", "package", "triton", "kind"),
+    [
+        (False, False, False, "sdpa"),
+        (False, True, True, "sdpa"),
+        (True, True, True, "flash"),
+        (True, True, False, "flash"),
+        (True, False, True, "flex"),
+        (True, False, False, "sdpa"),
+    ],
+)
+def test_auto_takes_the_fastest_core_that_works_here(cuda, package, triton, kind):
+    assert auto.choose(cuda, package, triton)[0] == kind
+
+
+def test_auto_never_takes_a_core_that_cannot_train_here():
+    core = made("auto", scale=1 / math.sqrt(D))
+    leaves = [x.requires_grad_() for x in inputs(4, 4)]
+    attend(core, *leaves).sum().backward()
+    assert all(leaf.grad is not None for leaf in leaves)

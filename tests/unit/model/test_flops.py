@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from shardforge.model import flops
+from shardforge.model.build import build
+from shardforge.nn.init import fill
+from shardforge.nn.sequence import Sequence
+from tests.tiny import GLU, GQA, LENGTH, VOCAB, tiny
+from tests.tiny_kinds import OPTIONS
+
+CASES = {
+    "plain": {},
+    "grouped-heads": {"mixer": GQA | {"heads": 8}},
+    "wide-heads": {"mixer": GQA | {"head_dim": 10}},
+    "tied": {"model": {"head": "tied"}},
+    "softcap-over-tied": {"model": {"head": {"kind": "softcap", "cap": 5.0, "head": "tied"}}},
+    "learned-positions": {"model": {"embedding": {"kind": "learned", "length": LENGTH}}},
+    "mlp-all-biases": {"mixer": GQA | {"bias": "all"}, "ffn": {"kind": "mlp", "inner": 24, "bias": True}},
+    "qk-norm": {"mixer": GQA | {"qk_norm": "rmsnorm"}},
+    "two-blocks": OPTIONS["two-blocks"],
+}
+
+
+def model(case: str, device: str = "cpu") -> nn.Module:
+    changes = CASES[case]
+    recipe = tiny(**{**changes, "model": changes.get("model", {}) | {"core": "eager"}})
+    made = build(recipe.model, recipe.objective.build())
+    if device == "cpu":
+        made.to_empty(device="cpu")
+        fill(made, 1)
+    return made
+
+
+def counted(run) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def inputs() -> tuple[torch.Tensor, Sequence]:
+    positions = torch.arange(LENGTH)[None]
+    tokens = torch.randint(0, VOCAB, (1, LENGTH), generator=torch.Generator().manual_seed(0))
+    return tokens, Sequence(positions, torch.zeros_like(positions), torch.zeros(1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_forward_flops_are_those_that_torch_counts(case):
+    made = model(case)
+    assert flops.forward_flops(made, LENGTH, masked=False) == counted(lambda: made(*inputs()))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_backward_is_twice_the_forward(case):
+    made, (tokens, seq) = model(case), inputs()
+    logits = made(tokens, seq)
+    assert counted(lambda: logits.sum().backward()) == 2 * flops.forward_flops(made, LENGTH, masked=False)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights_are_counted_as_torch_counts_them(case):
+    made = model(case)
+    assert flops.weights(made) == sum(weight.numel() for weight in made.parameters())
+
+
+def test_a_model_without_storage_has_the_same_numbers():
+    there, here = model("tied", "meta"), model("tied")
+    assert flops.weights(there) == flops.weights(here)
+    assert flops.step_flops(there, LENGTH) == flops.step_flops(here, LENGTH)
+
+
+def test_a_mask_leaves_the_pairs_that_it_shows():
+    made = model("plain")
+    hidden_pairs = LENGTH * LENGTH - LENGTH * (LENGTH + 1) // 2
+    saved = flops.forward_flops(made, LENGTH, masked=False) - flops.forward_flops(made, LENGTH)
+    assert saved == 2 * 4 * hidden_pairs * GQA["heads"] * GQA["head_dim"]
+
+
+def test_a_step_is_three_forward_passes():
+    made = model("plain")
+    assert flops.step_flops(made, LENGTH) == 3 * flops.forward_flops(made, LENGTH)
+
+
+def test_a_tied_head_costs_flops_but_no_weights():
+    tied, own = model("tied"), model("plain")
+    assert flops.forward_flops(tied, LENGTH) == flops.forward_flops(own, LENGTH)
+    assert flops.weights(own) - flops.weights(tied) == own.head.weight.numel()
+
+
+def test_lookups_norms_and_biases_are_no_matmul_weights():
+    made = model("mlp-all-biases")
+    linears = {name for name, _ in made.named_parameters() if name.endswith("weight") and "norm" not in name}
+    expected = sum(made.get_parameter(name).numel() for name in linears - {"embed.weight"})
+    assert flops.matmul_weights(made) == expected
+    assert GLU["inner"] == 24
