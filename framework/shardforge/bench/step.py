@@ -1,14 +1,17 @@
 """Tokens a second of a recipe's step on one process, beside the same model written with transformers, in one run.
 
-Both do all of a step: forward, backward, clipping, AdamW (torch's fused one), in the same number type, on the same
-tokens, with torch's fused attention. Ours keeps documents apart; the peer attends over whole rows, which is its
-default. Steps alternate, so that whatever else the machine does falls on both.
+Both start from the same weights and must give the same loss on the same packed documents before anything is timed.
+Both do all of a step: forward, backward, clipping, AdamW (torch's fused one), in the same number type, with torch's
+fused attention; the peer is told of documents in its own way, by a mask and positions. Steps alternate, so that
+whatever else the machine does falls on both.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import gc
+import math
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -16,12 +19,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from shardforge.core.errors import EngineError
 from shardforge.core.layout import Layout
 from shardforge.core.optional import require
-from shardforge.nn.batch import Batch
+from shardforge.model.masks.causal import Causal
+from shardforge.nn.batch import IGNORE, Batch
+from shardforge.nn.sequence import Sequence, visible
 from shardforge.precision.types import DTYPES
 from shardforge.recipe.schema import Recipe
 
@@ -42,7 +47,12 @@ def run(recipe: Recipe, pairs: int, tell: Callable[[str], None]) -> StepBench:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     engine = recipe.engine.build(recipe, torch.device("cpu"))
     peer = Peer(recipe)
+    peer.take(dict(engine.model.named_parameters()))
     batches = [synthetic(recipe, step) for step in range(4)]
+    mine, other = engine.evaluate(batches[0]).loss, peer.evaluate(batches[0])
+    if not math.isclose(mine, other, rel_tol=1e-4):
+        raise EngineError(f"the two models differ: loss {mine} here, {other} in transformers", "bench step")
+    tell(f"loss of the same weights: ours {mine:.6f}, transformers {other:.6f}")
     ours: list[float] = []
     theirs: list[float] = []
     for index in range(pairs + 2):
@@ -106,6 +116,7 @@ class Peer:
                 num_key_value_heads=block.mixer.kv_heads,
                 head_dim=block.mixer.head_dim,
                 max_position_embeddings=recipe.train.seq_len,
+                rms_norm_eps=block.residual.norm.eps,
                 tie_word_embeddings=True,
                 use_cache=False,
                 attn_implementation="sdpa",
@@ -114,11 +125,51 @@ class Peer:
         self.model.train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
 
+    def loss(self, piece: Batch, scored: int) -> Tensor:
+        """Cross entropy over the scored tokens of `piece`, divided by `scored`."""
+        seq = Sequence(piece.positions, piece.documents, piece.rows)
+        out = self.model(
+            input_ids=piece.tokens,
+            position_ids=piece.positions,
+            attention_mask=visible(Causal(), seq),
+            labels=piece.labels,
+            shift_labels=piece.labels,
+            num_items_in_batch=scored,
+        )
+        return out.loss
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> float:
+        return self.loss(batch, int((batch.labels != IGNORE).sum())).item()
+
     def step(self, batch: Batch) -> None:
-        pieces = list(batch.split(self.recipe.train.micro_batch or len(batch)))
-        for piece in pieces:
-            out = self.model(input_ids=piece.tokens, labels=piece.tokens)
-            (out.loss / len(pieces)).backward()
+        scored = int((batch.labels != IGNORE).sum())
+        for piece in batch.split(self.recipe.train.micro_batch or len(batch)):
+            self.loss(piece, scored).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def take(self, weights: dict[str, Tensor]) -> None:
+        """Start from the weights of our decoder."""
+        mine = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, weight in weights.items():
+                mine[THEIRS.sub(lambda found: NAMES[found.group()], name)].copy_(weight)
+
+
+NAMES = {
+    "embed": "model.embed_tokens",
+    "blocks": "model.layers",
+    "mixer.q": "self_attn.q_proj",
+    "mixer.k": "self_attn.k_proj",
+    "mixer.v": "self_attn.v_proj",
+    "mixer.out": "self_attn.o_proj",
+    "ffn.gate": "mlp.gate_proj",
+    "ffn.up": "mlp.up_proj",
+    "ffn.down": "mlp.down_proj",
+    "mixer_residual.norm": "input_layernorm",
+    "ffn_residual.norm": "post_attention_layernorm",
+    "norm.weight": "model.norm.weight",
+}
+THEIRS = re.compile("|".join(re.escape(name) for name in sorted(NAMES, key=len, reverse=True)))

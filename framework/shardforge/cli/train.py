@@ -29,9 +29,10 @@ def several(args: argparse.Namespace, loaded) -> int:
     """As many local processes as the layout has ranks; what one process can check is checked first."""
     from shardforge.data.loader import Loader
     from shardforge.launch.local import launch
-    from shardforge.train.run import directory
+    from shardforge.train.run import directory, own
 
     recipe = loaded.recipe
     Loader(recipe.data, recipe.train, recipe.seed, vocab=recipe.model.vocab).close()
     words = ["train", args.recipe, *(word for text in args.sets for word in ("--set", text))]
+    own(directory(recipe)).close()  # a living run is found here, not by the ranks; the first of them takes the lock
     return launch(words, recipe.parallel.world_size, directory(recipe))

@@ -44,5 +44,5 @@ def _draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Gen
     if temperature == 0:
         return int(logits.argmax())
     chance, token = (logits / temperature).softmax(-1).sort(descending=True)
-    chance = chance * (chance.cumsum(-1) - chance < top_p)  # the first one always stays
+    chance[1:] *= (chance.cumsum(-1) - chance < top_p)[1:]  # the first one always stays
     return int(token[torch.multinomial(chance, 1, generator=generator)])

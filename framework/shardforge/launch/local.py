@@ -27,7 +27,6 @@ def launch(words: Sequence[str], processes: int, run_dir: RunDir) -> int:
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     os.environ["SHARDFORGE_START"] = uuid.uuid4().hex
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    run_dir.stop.unlink(missing_ok=True)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -16,24 +16,33 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 
 @dataclass(frozen=True)
 class Elementwise:
-    """A curve and its derivative: slope(grad, x) = grad * d curve / dx."""
+    """A curve and its derivative: slope(grad, x, out) writes grad * d curve / dx."""
 
     curve: Callable[[Tensor], Tensor]
-    slope: Callable[[Tensor, Tensor], Tensor]
+    slope: Callable[[Tensor, Tensor, Tensor], object]
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.curve(x)
 
 
+def _gelu(approximate: str) -> Elementwise:
+    return Elementwise(
+        lambda x: F.gelu(x, approximate=approximate),
+        lambda grad, x, out: aten.gelu_backward.grad_input(grad, x, approximate=approximate, grad_input=out),
+    )
+
+
 CURVES: dict[str, Elementwise] = {
     # x * sigmoid(x); Elfwing et al. 2017, arXiv:1702.03118
-    "silu": Elementwise(F.silu, aten.silu_backward),
-    # x * Phi(x); Hendrycks and Gimpel 2016, arXiv:1606.08415
-    "gelu": Elementwise(F.gelu, aten.gelu_backward),
-    "gelu_tanh": Elementwise(
-        lambda x: F.gelu(x, approximate="tanh"), lambda grad, x: aten.gelu_backward(grad, x, approximate="tanh")
+    "silu": Elementwise(F.silu, lambda grad, x, out: aten.silu_backward.grad_input(grad, x, grad_input=out)),
+    # x * Phi(x), or its approximation with tanh; Hendrycks and Gimpel 2016, arXiv:1606.08415
+    "gelu": _gelu("none"),
+    "gelu_tanh": _gelu("tanh"),
+    "relu": Elementwise(
+        F.relu, lambda grad, x, out: aten.threshold_backward.grad_input(grad, x, 0, grad_input=out)
     ),
-    "relu": Elementwise(F.relu, lambda grad, x: aten.threshold_backward(grad, x, 0)),
     # So et al. 2021, "Primer", arXiv:2109.08668
-    "relu2": Elementwise(lambda x: F.relu(x).square(), lambda grad, x: grad * F.relu(x) * 2),
+    "relu2": Elementwise(
+        lambda x: F.relu(x).square(), lambda grad, x, out: torch.mul(grad, F.relu(x), out=out).mul_(2)
+    ),
 }

@@ -18,11 +18,11 @@ CACHED = 1 << 17
 
 
 class Curve(Protocol):
-    """An elementwise function and its derivative times `grad`."""
+    """An elementwise function, and `out` = its derivative at x times `grad`."""
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
-    def slope(self, grad: Tensor, x: Tensor) -> Tensor: ...
+    def slope(self, grad: Tensor, x: Tensor, out: Tensor) -> None: ...
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -68,7 +68,7 @@ class _Gated(Function):
     def forward(ctx, gate, up, curve):
         ctx.save_for_backward(gate, up)
         ctx.curve = curve
-        y = torch.empty_like(gate)
+        y = torch.empty_like(gate, memory_format=torch.contiguous_format)
         for g, u, out in _parts(*(t.reshape(-1, gate.shape[-1]) for t in (gate, up, y))):
             torch.mul(curve(g), u, out=out)
         return y
@@ -76,10 +76,10 @@ class _Gated(Function):
     @staticmethod
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
-        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        dgate, dup = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (gate, up))
         for g, u, dy, dg, du in _parts(*(t.reshape(-1, gate.shape[-1]) for t in (gate, up, grad, dgate, dup))):
             torch.mul(dy, ctx.curve(g), out=du)
-            dg.copy_(ctx.curve.slope(dy * u, g))
+            ctx.curve.slope(dy * u, g, dg)
         return dgate, dup, None
 
 

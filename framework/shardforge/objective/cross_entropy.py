@@ -15,7 +15,7 @@ from torch.autograd import Function
 from shardforge.nn.batch import IGNORE
 from shardforge.nn.head import Head, VocabSplit
 
-CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
+CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 """Memory for the logits of one chunk on one rank: within the cache of a CPU, large enough to fill a GPU."""
 
 

@@ -12,4 +12,4 @@ def progress(step: int, begin: int, end: int) -> float:
     """0 up to `begin`, 1 from `end` on, linear between."""
     if step >= end:
         return 1.0
-    return max(0.0, (step - begin) / (end - begin))
+    return (step - begin) / (end - begin) if step > begin else 0.0

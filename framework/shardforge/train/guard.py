@@ -6,13 +6,17 @@ import fcntl
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
+
+import psutil
 
 from shardforge.core import log
 from shardforge.core.errors import EngineError, ForgeError
 from shardforge.core.layout import Layout
 from shardforge.core.rundir import RunDir
+from shardforge.train.lock import Occupied
 
 MISTAKE, CRASH, INTERRUPTED = 2, 1, 130
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")
@@ -22,6 +26,10 @@ def guarded(run_dir: RunDir, layout: Layout, work: Callable[[], int]) -> int:
     """work()'s exit code; a failure becomes a message from the first rank that met one, and an exit code."""
     try:
         return work()
+    except Occupied as error:  # met by all ranks alike, and the directory is not ours to write into
+        if log.rank() == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return MISTAKE
     except ForgeError as error:
         speak(run_dir, f"error: {error}")
         return MISTAKE
@@ -45,13 +53,13 @@ def guarded(run_dir: RunDir, layout: Layout, work: Callable[[], int]) -> int:
 
 def speak(run_dir: RunDir, text: str) -> None:
     """Print, unless another rank of this start has spoken before."""
-    said = {"start": start_id(), "rank": log.rank(), "pid": os.getpid(), "message": text}
+    said = {"start": start_id(), "time": time.time(), "rank": log.rank(), "pid": os.getpid(), "message": text}
     try:
         run_dir.path.mkdir(parents=True, exist_ok=True)
         with open(run_dir.failure, "a+", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
-            if f'"start": "{start_id()}"' in file.read():
+            if _of_this_start(file.read()):
                 return
             file.truncate(0)
             json.dump(said, file)
@@ -61,8 +69,17 @@ def speak(run_dir: RunDir, text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _of_this_start(text: str) -> bool:
+    """Whether a rank of this start wrote `text`. A name alone can come again: a port, a process number."""
+    try:
+        said = json.loads(text)
+        return said["start"] == start_id() and said["time"] >= psutil.Process().create_time()
+    except (ValueError, KeyError):
+        return False
+
+
 def start_id() -> str:
-    """The same on all ranks of one start, another at the next."""
+    """The same on all ranks of one start, mostly another at the next."""
     names = ("SHARDFORGE_START", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
     names += ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")
     found = [os.environ[name] for name in names if name in os.environ]

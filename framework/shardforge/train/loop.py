@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from shardforge.checkpoint import folders
+from shardforge.checkpoint.tensorfile import write_whole
 from shardforge.engine.base import Losses, UpdateStats
 from shardforge.observe.base import EvalReport, StepReport
 from shardforge.train import watchdog
@@ -100,5 +101,5 @@ def memory(device: torch.device) -> int:
 
 def mark(run: Run, step: int, verdict: str, reason: str) -> None:
     """First rank: the verdict that a launcher reads; exit codes do not survive torchrun and srun."""
-    run.dir.stopped.write_text(json.dumps({"state": verdict, "step": step, "reason": reason}) + "\n")
+    write_whole(run.dir.stopped, json.dumps({"state": verdict, "step": step, "reason": reason}).encode() + b"\n")
     run.dir.stop.unlink(missing_ok=True)

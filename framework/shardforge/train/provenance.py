@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import shardforge
+from shardforge.checkpoint.tensorfile import write_whole
 
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "triton", "flash-attn", "transformer-engine", "deepspeed")
 
@@ -40,10 +41,10 @@ def start(*, recipe_hash: str, data: str, seed: int, layout: str, first_step: in
 
 
 def code(folder: Path) -> dict[str, str | None]:
-    """Git commit of the source and a hash of what differs from it; both None outside a clone."""
+    """Git commit of the source and a hash of what differs from it; both None outside a clone, the hash if nothing."""
     tracked = _git(folder, "ls-files", "--error-unmatch", "__init__.py")  # not merely installed below some clone
     commit = _git(folder, "rev-parse", "HEAD") if tracked else None
-    changes = _git(folder, "diff", "HEAD", "--", ".") if commit else None
+    changes = (_git(folder, "diff", "HEAD", "--", ".") or "") + _new(folder) if commit else ""
     dirty = hashlib.sha256(changes.encode()).hexdigest()[:16] if changes else None
     return {"commit": commit, "dirty": dirty}
 
@@ -51,9 +52,14 @@ def code(folder: Path) -> dict[str, str | None]:
 def append(path: Path, entry: dict[str, Any]) -> None:
     """Add an entry to the JSON list in `path`, replacing the file at once."""
     entries = json.loads(path.read_text()) if path.exists() else []
-    fresh = path.with_suffix(".new")
-    fresh.write_text(json.dumps([*entries, entry], indent=1) + "\n")
-    fresh.replace(path)
+    write_whole(path, json.dumps([*entries, entry], indent=1).encode() + b"\n")
+
+
+def _new(folder: Path) -> str:
+    """Names and contents of files that git does not know yet: a new kind is one."""
+    names = (_git(folder, "ls-files", "-z", "--others", "--exclude-standard") or "").split("\0")
+    files = [folder / name for name in names if name and (folder / name).is_file()]
+    return "".join(f"\n{file.relative_to(folder)}\n{hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files)
 
 
 def _git(folder: Path, *words: str) -> str | None:

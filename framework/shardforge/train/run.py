@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from shardforge.checkpoint.store import Store
+from shardforge.checkpoint.tensorfile import write_whole
 from shardforge.core import units
 from shardforge.core.errors import DataError, ForgeError, Problems, RecipeError
 from shardforge.core.log import logger
@@ -19,7 +21,7 @@ from shardforge.core.rundir import RunDir
 from shardforge.data.loader import Loader
 from shardforge.engine.base import Engine
 from shardforge.observe.audience import Audience
-from shardforge.observe.base import RunInfo
+from shardforge.observe.base import Observer, RunInfo
 from shardforge.observe.jsonl import MetricsFile
 from shardforge.observe.progress import display
 from shardforge.precision.types import DTYPES
@@ -61,8 +63,10 @@ def open_run(loaded: Loaded, world: World) -> Run:
     """Collective. A mistake is one ForgeError on all ranks, and then no file of an earlier run has changed."""
     recipe, run_dir = loaded.recipe, directory(loaded.recipe)
     held: list[IO[str]] = []
-    world.lead(lambda: held.append(lock.take(run_dir.lock)))
+    world.lead(lambda: held.append(own(run_dir)))
     world.lead(lambda: check_same_run(run_dir, recipe))
+    watching: list[Observer] = []
+    world.lead(lambda: watching.extend(watchers(recipe, run_dir)))
     data = world.agree(lambda: open_data(recipe, world))
     engine = world.agree(lambda: recipe.engine.build(recipe, world.device))
     store = Store(run_dir.checkpoints, recipe.checkpoint, describe=engine.describe())
@@ -71,7 +75,7 @@ def open_run(loaded: Loaded, world: World) -> Run:
     if world.control is not None:
         dist.all_reduce(rate, group=world.control)
     world.lead(lambda: write_identity(loaded, run_dir, data, step, world))
-    audience = Audience(watchers(recipe, run_dir) if world.first else ())
+    audience = Audience(watching)
     audience.on_start(
         RunInfo(
             name=recipe.name,
@@ -88,7 +92,16 @@ def open_run(loaded: Loaded, world: World) -> Run:
     return Run(recipe, run_dir, world, engine, data, store, audience, step, rate.item(), *(held or [None]))
 
 
-def watchers(recipe: Recipe, run_dir: RunDir) -> list:
+def own(run_dir: RunDir) -> IO[str]:
+    """The lock of a directory that no living run has. A stop that an earlier one was asked for is forgotten, but not
+    what our own launcher was asked for since it started these processes."""
+    file = lock.take(run_dir.lock)
+    if "SHARDFORGE_START" not in os.environ:
+        run_dir.stop.unlink(missing_ok=True)
+    return file
+
+
+def watchers(recipe: Recipe, run_dir: RunDir) -> list[Observer]:
     return [MetricsFile(run_dir.metrics), display(), *(each.build() for each in recipe.observe)]
 
 
@@ -155,9 +168,9 @@ def write_identity(loaded: Loaded, run_dir: RunDir, data: Loader, step: int, wor
     for stale in (run_dir.stopped, run_dir.failure):
         with suppress(FileNotFoundError):
             stale.unlink()
-    run_dir.recipe.write_text(dump(recipe))
+    write_whole(run_dir.recipe, dump(recipe).encode())
     origins = {field: str(origin) for field, origin in loaded.origins.items()}
-    run_dir.origins.write_text(json.dumps(origins, indent=1) + "\n")
+    write_whole(run_dir.origins, json.dumps(origins, indent=1).encode() + b"\n")
     name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
     entry = provenance.start(
         recipe_hash=content_hash(recipe),

@@ -65,16 +65,22 @@ def distributed() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def cores() -> int:
+    """CPU cores that this process may use; a scheduler gives a job fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def join(layout: Layout) -> World:
     """Join the job that the environment describes, or a world of one. The caller destroys the process group."""
     size = int(os.environ.get("WORLD_SIZE", "1")) if distributed() else 1
     rank = int(os.environ["RANK"]) if distributed() else 0
     if size != layout.world_size:
+        shards, left = divmod(size, layout.tp * layout.dp_replicate)
+        example = "" if left else f", for example --set parallel.dp_shard={shards}"
         raise LaunchError(
             f"the layout {layout} needs {layout.world_size} processes and {size} were started",
             "parallel",
-            f"start {layout.world_size}, or choose degrees whose product is {size}, for example "
-            f"--set parallel.dp_shard={max(1, size // layout.tp // layout.dp_replicate)}",
+            f"start {layout.world_size}, or choose degrees whose product is {size}{example}",
         )
     here = int(os.environ.get("LOCAL_RANK", "0"))
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
@@ -84,7 +90,7 @@ def join(layout: Layout) -> World:
         backend = "cpu:gloo,cuda:nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // beside))
+        torch.set_num_threads(max(1, cores() // beside))
     store = None if distributed() else dist.HashStore()
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     control = dist.new_group(backend="gloo", timeout=TIMEOUT) if size > 1 else None

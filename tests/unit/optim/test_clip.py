@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+import tests.equivalence.cases  # noqa: F401 - one mesh a layout for the life of a pool
+from shardforge.core.layout import Layout
+from shardforge.optim.clip import clip, copies, global_norm
+from tests.tiny import batch, part, tiny
+
+LIMIT = 0.05
+
+
+def gradients(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    out = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes]
+    for weight in out:
+        weight.grad = torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(dtype)
+    return out
+
+
+def on_ranks(layout: Layout) -> tuple[float, float, float, set[int]]:
+    """Our norm, that of the whole gradients, the norm after clipping, and how many ranks share a piece."""
+    recipe = tiny(layout=layout)
+    engine = recipe.engine.build(recipe, torch.device("cpu"))
+    engine.forward_backward(part(batch(), engine.mesh.data_rank, layout.data_ranks), 0)
+    weights = list(engine.model.parameters())
+    norm = global_norm(weights)
+    whole = Tensor.norm(torch.stack([grad.norm() for grad in engine.gradients().values()]))
+    shared = {copies(weight.grad) for weight in weights}
+    clip(weights, norm, LIMIT)
+    assert all(isinstance(weight.grad, DTensor) for weight in weights)
+    return norm.item(), whole.item(), global_norm(weights).item(), shared
+
+
+def test_one_process_gets_the_norm_of_torch():
+    weights = gradients((3, 4), (5,), ())
+    assert global_norm(weights).item() == pytest.approx(nn.utils.get_total_norm([w.grad for w in weights]).item(), 1e-12)
+
+
+@pytest.mark.parametrize("limit", [0.5, 1.0, 1e9])
+def test_one_process_clips_as_torch_does(limit):
+    ours, theirs = gradients((3, 4), (5,)), gradients((3, 4), (5,))
+    clip(ours, global_norm(ours), limit)
+    nn.utils.clip_grad_norm_(theirs, limit)
+    torch.testing.assert_close([w.grad for w in ours], [w.grad for w in theirs], rtol=1e-12, atol=0)
+
+
+def test_gradients_below_the_limit_stay_to_the_last_bit():
+    weights = gradients((3, 4))
+    before = weights[0].grad.clone()
+    clip(weights, global_norm(weights), 1e9)
+    assert torch.equal(weights[0].grad, before)
+
+
+@pytest.mark.parametrize("layout", ["dp2", "tp2", "dp2-tp2", "rep2-dp2", "rep2-tp2"])
+def test_the_norm_counts_every_gradient_once_on_any_layout(ranks, layout):
+    wanted = Layout.parse(layout)
+    for norm, whole, clipped, _ in ranks(wanted.world_size).run(on_ranks, wanted):
+        assert norm == pytest.approx(whole, rel=1e-12)
+        assert clipped == pytest.approx(LIMIT, rel=1e-4)
+
+
+@pytest.mark.parametrize(("layout", "shared"), [("dp2", {1}), ("tp2", {1, 2}), ("rep2-dp2", {2}), ("rep2-tp2", {2, 4})])
+def test_copies_are_the_ranks_that_hold_the_same_piece(ranks, layout, shared):
+    wanted = Layout.parse(layout)
+    assert ranks(wanted.world_size).run(on_ranks, wanted)[0][3] == shared
+
+
+def test_weights_without_a_gradient_do_not_count():
+    weights = [*gradients((3, 4)), nn.Parameter(torch.ones(9))]
+    assert global_norm(weights) == global_norm(weights[:1])
+    clip(weights, global_norm(weights), 0.1)
+    assert weights[1].grad is None
+
+
+def test_no_gradients_have_norm_0():
+    assert global_norm([nn.Parameter(torch.ones(2))]) == 0
+
+
+def test_half_precision_is_squared_in_float32():
+    weights = gradients((1000,), dtype=torch.bfloat16)
+    exact = weights[0].grad.double().norm().item()
+    norm = global_norm(weights)
+    assert norm.dtype == torch.float32 and norm.item() == pytest.approx(exact, rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_norm_that_is_not_finite_is_told_as_it_is(bad):
+    weights = gradients((3,), (4,))
+    weights[1].grad[2] = bad
+    assert not global_norm(weights).isfinite()

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+import tests.equivalence.cases  # noqa: F401 - one mesh a layout for the life of a pool
+from shardforge.core.errors import LayoutError
+from shardforge.core.layout import Layout
+from shardforge.model.build import build
+from shardforge.nn.module import tagged
+from shardforge.parallel import mesh, tensor
+from tests.tiny import GLU, GQA, VOCAB, tiny
+
+TP2 = Layout(tp=2)
+EVERYTHING = {
+    "mixer": GQA | {"bias": "all", "qk_norm": "rmsnorm", "qk_norm_over": "all"},
+    "ffn": GLU | {"bias": True},
+    "model": {"embedding": {"kind": "learned", "length": 16}, "stack": ["one"]},
+}
+SPLIT = {
+    "embed.weight": 0,
+    "head.weight": 0,
+    **{f"blocks.0.mixer.{name}.weight": 0 for name in "qkv"},
+    **{f"blocks.0.mixer.{name}.bias": 0 for name in "qkv"},
+    **{f"blocks.0.mixer.{name}_norm.weight": 0 for name in "qk"},
+    "blocks.0.mixer.out.weight": 1,
+    **{f"blocks.0.ffn.{name}.weight": 0 for name in ("gate", "up")},
+    **{f"blocks.0.ffn.{name}.bias": 0 for name in ("gate", "up")},
+    "blocks.0.ffn.down.weight": 1,
+}
+"""Name of a weight -> the dimension that tp splits; the others are whole on each rank."""
+
+
+def built(layout: Layout, **changes: object) -> tuple[nn.Module, mesh.Mesh]:
+    recipe = tiny(layout=layout, **changes)
+    here = mesh.build(layout, "cpu")
+    model = build(recipe.model, recipe.objective.build(), torch.float64)
+    tensor.apply(model, here)
+    return model, here
+
+
+def placements() -> dict[str, int | None]:
+    model, _ = built(TP2, **EVERYTHING)
+    assert all(isinstance(weight, DTensor) for weight in model.parameters())
+    where = {name: weight.placements[0] for name, weight in model.named_parameters()}
+    return {name: getattr(place, "dim", None) for name, place in where.items()}
+
+
+def told() -> dict[str, object]:
+    """What the modules of this rank know of their part."""
+    model, here = built(TP2, **EVERYTHING)
+    block = model.blocks["0"]
+    return {
+        "first row": model.embed.first,
+        "positions once": model.embed.once,
+        "bias of q": block.mixer.q.once,
+        "bias of out": block.mixer.out.once,
+        "bias of down": block.ffn.down.once,
+        "columns": model.objective.split.first,
+        "part": {(module.part, module.parts) for module in tagged(model, "dropout")},
+        "sums statistics": (block.mixer.q_norm.total is not None, block.mixer_residual.norm.total is not None),
+    }
+
+
+def untouched() -> int:
+    model, _ = built(Layout(dp_shard=2), **EVERYTHING)
+    hooks = sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules())
+    return hooks + sum(isinstance(weight, DTensor) for weight in model.parameters())
+
+
+def refused(kv_heads: int) -> str:
+    try:
+        built(TP2, mixer=GQA | {"kv_heads": kv_heads})
+    except LayoutError as error:
+        return str(error)
+    return ""
+
+
+def test_weights_are_split_where_the_names_of_their_dims_say(ranks):
+    found = ranks(2).run(placements)
+    assert found[0] == found[1]
+    assert {name: dim for name, dim in found[0].items() if dim is not None} == SPLIT
+
+
+def test_each_rank_knows_its_rows_and_the_first_one_adds_what_must_be_added_once(ranks):
+    first, second = ranks(2).run(told)
+    assert first == {
+        "first row": 0,
+        "positions once": 1.0,
+        "bias of q": 1.0,
+        "bias of out": 1.0,
+        "bias of down": 1.0,
+        "columns": 0,
+        "part": {(0, 2)},
+        "sums statistics": (True, False),
+    }
+    assert second == first | {
+        "first row": VOCAB // 2,
+        "positions once": 0.0,
+        "bias of out": 0.0,
+        "bias of down": 0.0,
+        "columns": VOCAB // 2,
+        "part": {(1, 2)},
+    }
+
+
+def test_without_tp_the_model_stays_as_it_is(ranks):
+    assert ranks(2).run(untouched) == [0, 0]
+
+
+def test_heads_that_cannot_be_split_are_refused_with_a_degree_that_can(ranks):
+    (message, same) = ranks(2).run(refused, 1)
+    assert message == same
+    assert "kv_heads=1 cannot be split 2 ways over tp" in message and "tp=1 keeps the same 2 ranks" in message
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_heads_that_can_be_split_are_not_refused(ranks, kv_heads):
+    assert ranks(2).run(refused, kv_heads) == ["", ""]
