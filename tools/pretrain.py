@@ -13,9 +13,10 @@ import sys
 import time
 from pathlib import Path
 
+from shardforge.recipe.load import load
+
 RECIPE = "first"
 RUN = Path("runs") / RECIPE
-STEPS = 300
 
 
 def command(*words: str) -> list[str]:
@@ -56,9 +57,10 @@ def train_until(step: int) -> None:
 
 def main() -> None:
     begun = time.monotonic()
+    half = load(RECIPE).recipe.train.steps // 2
     run("data", "build", RECIPE)
-    if steps_done() < STEPS // 2:
-        train_until(STEPS // 2)
+    if steps_done() < half:
+        train_until(half)
     run("train", RECIPE)
     run("eval", str(RUN))
     run("sample", str(RUN), "--save")

@@ -37,9 +37,14 @@ def two_steps(layout: Layout, changes: dict[str, Any]) -> dict[str, Tensor]:
 
 def compiled_two_steps(layout: Layout, changes: dict[str, Any]) -> dict[str, Tensor]:
     """The same where torch's compiler runs; its own deprecation warnings are not ours to mend."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return two_steps(layout, changes)
+        out = two_steps(layout, changes)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs > 0, "nothing was compiled"
+    return out | {"graphs": torch.tensor(graphs)} if out else out
 
 
 def whole(weight: Tensor) -> Tensor:

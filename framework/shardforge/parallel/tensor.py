@@ -30,18 +30,23 @@ def apply(model: nn.Module, mesh: Mesh) -> None:
         return
     group, part = mesh.tp.get_group(), mesh.coordinate("tp")
     split = place(model, mesh)
+    enter, add_up, own = (partial(hook, group) for hook in (_enter, _add_up, _own))  # shared: one compiled block for all
+
+    def leave(module: nn.Module) -> None:
+        module.register_forward_hook(add_up if any(inner in split for inner in module.modules()) else own)
+
     for slot in ("mixer", "ffn"):
         for module in tagged(model, slot):
             if module.boundary == "gather":
-                module.register_forward_pre_hook(partial(_enter, group))
-                leave(module, split, group)
+                module.register_forward_pre_hook(enter)
+                leave(module)
     for module in tagged(model, "embed"):
-        leave(module, split, group)
+        leave(module)
     for module in tagged(model, "objective"):
-        module.register_forward_pre_hook(partial(_enter, group))
+        module.register_forward_pre_hook(enter)
         module.split = VocabSplit(part * model.head.operand().shape[0], group)
     for module in tagged(model, "head"):
-        module.register_forward_pre_hook(partial(_enter, group))
+        module.register_forward_pre_hook(enter)
         module.register_forward_hook(partial(_join_vocabulary, group))
     for module in tagged(model, "dropout"):
         module.part, module.parts = part, mesh.layout.tp
@@ -62,14 +67,6 @@ def place(model: nn.Module, mesh: Mesh) -> set[nn.Module]:
     return split
 
 
-def leave(module: nn.Module, split: set[nn.Module], group: ProcessGroup) -> None:
-    """Back to own positions: a sum where something is split inside, else the own slice of the whole."""
-    if any(part in split for part in module.modules()):
-        module.register_forward_hook(lambda m, args, y: collectives.scatter_sum(y, group, 1))
-    else:
-        module.register_forward_hook(lambda m, args, y: y.chunk(group.size(), 1)[group.rank()])
-
-
 def adapt(module: nn.Module, layout: Layout, group: ProcessGroup, part: int) -> None:
     """Tell a module with a split weight what it must know: first row, sum of statistics, who adds whole terms."""
     if isinstance(module, Table):
@@ -83,6 +80,16 @@ def adapt(module: nn.Module, layout: Layout, group: ProcessGroup, part: int) -> 
 
 def _enter(group: ProcessGroup, module: nn.Module, args: tuple) -> tuple:
     return (collectives.gather(args[0], group, 1), *args[1:])
+
+
+def _add_up(group: ProcessGroup, module: nn.Module, args: tuple, y: Tensor) -> Tensor:
+    """Back to own positions where something is split inside: each rank has a part of every sum."""
+    return collectives.scatter_sum(y, group, 1)
+
+
+def _own(group: ProcessGroup, module: nn.Module, args: tuple, y: Tensor) -> Tensor:
+    """Back to own positions where nothing is split inside: each rank has the whole."""
+    return y.chunk(group.size(), 1)[group.rank()]
 
 
 def _join_vocabulary(group: ProcessGroup, module: nn.Module, args: tuple, y: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def _of_this_start(text: str) -> bool:
     try:
         said = json.loads(text)
         return said["start"] == start_id() and said["time"] >= psutil.Process().create_time()
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return False
 
 

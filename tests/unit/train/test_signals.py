@@ -54,15 +54,6 @@ def test_a_scheduler_may_ask_twice(tmp_path, number):
         assert stop.agreed()
 
 
-def test_the_first_interrupt_after_the_stop_file_is_a_request_too(tmp_path):
-    with alone(tmp_path) as stop:
-        (tmp_path / "STOP").touch()
-        assert stop.agreed()
-        signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-
-
 @pytest.mark.parametrize("number", ASKING, ids=lambda number: number.name)
 def test_handlers_from_before_return(tmp_path, number):
     before = signal.getsignal(number)
