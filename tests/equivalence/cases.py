@@ -47,6 +47,16 @@ def compiled_two_steps(layout: Layout, changes: dict[str, Any]) -> dict[str, Ten
     return out | {"graphs": torch.tensor(graphs)} if out else out
 
 
+def kept_types(layout: Layout, changes: dict[str, Any]) -> set[torch.dtype]:
+    """Types of the weights, gradients and moments that a rank keeps."""
+    recipe = tiny(layout=layout, **changes)
+    engine = recipe.engine.build(recipe, torch.device("cpu"))
+    engine.forward_backward(part(batch(0), engine.mesh.data_rank, layout.data_ranks), 0)
+    kept = {weight.grad.dtype for weight in engine.model.parameters()}
+    engine.update(0.01)
+    return kept | {tensor.dtype for tensor in engine.state().values()}
+
+
 def whole(weight: Tensor) -> Tensor:
     weight = weight.detach()
     return (weight.full_tensor() if isinstance(weight, DTensor) else weight).clone()

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from shardforge.core.errors import ForgeError
 from shardforge.core.layout import Layout
 from tests.equivalence.cases import compiled_two_steps, two_steps
-from tests.tiny import LENGTH, SEQUENCES, assert_same
+from tests.tiny import LENGTH, SEQUENCES, assert_same, tiny
 from tests.tiny_kinds import GQA, OPTIONS, variants
 
 LAYOUTS = ["dp2", "tp2", "dp4", "rep2-dp2", "tp4", "dp2-tp2", "rep2-tp2"]
@@ -69,3 +70,8 @@ def test_a_layout_that_cannot_split_the_heads_is_refused_with_one_that_can(ranks
 
     with pytest.raises(RankFailure, match=r"kv_heads=2 cannot be split 4 ways over tp(.|\n)*tp=2 keeps the same 4"):
         ranks(4).run(two_steps, Layout(tp=4), {"mixer": GQA | {"kv_heads": 2}})
+
+
+def test_selective_recompute_of_compiled_blocks_is_refused():
+    with pytest.raises(ForgeError, match="selective recompute cannot look into compiled blocks"):
+        tiny(engine={"kind": "native", "compiled": True, "recompute": "selective"})

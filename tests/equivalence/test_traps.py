@@ -1,4 +1,4 @@
-"""Three mistakes that leave the loss right and the gradient wrong. Each test puts the mistake back and sees it caught."""
+"""Three mistakes that leave the loss right and the gradient wrong: each put back, and caught."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 HELP = "measure the loader or a training step on this machine"
 
@@ -21,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     if args.subject == "data":
         from shardforge.bench import data
 
-        data.run(print)
+        data.run(sys.stdout)
         return 0
     import torch
 

@@ -21,7 +21,7 @@ def apply(
     resharded: bool,
 ) -> None:
     tensor.apply(model, mesh)  # first: it decides what each rank's weights are
-    recompute.apply(model, recomputed)  # inside compile and FSDP: a recomputed block gathers its weights once more
-    compile_pass.apply(model, compiled)  # before FSDP, whose hooks stay outside the compiled code
+    compile_pass.apply(model, compiled)  # the forward of a block alone: hooks of the next two stay outside
+    recompute.apply(model, recomputed)  # around what is compiled, inside FSDP: weights are gathered before it
     if mesh.layout.world_size > 1 or mixed.param_dtype is not None:
         fully_shard.apply(model, mesh, mixed, resharded=resharded)  # last: it wraps what the others made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from shardforge.nn.module import tagged
@@ -11,4 +12,4 @@ def apply(model: nn.Module, compiled: bool) -> None:
     """Compile each block in place. The compiled code runs inside FSDP's hooks and outside the slots' collectives."""
     if compiled:
         for block in tagged(model, "block"):
-            block.compile()
+            block.forward = torch.compile(block.forward)

@@ -30,7 +30,7 @@ def apply(model: nn.Module, mesh: Mesh) -> None:
         return
     group, part = mesh.tp.get_group(), mesh.coordinate("tp")
     split = place(model, mesh)
-    enter, add_up, own = (partial(hook, group) for hook in (_enter, _add_up, _own))  # shared: one compiled block for all
+    enter, add_up, own = (partial(hook, group) for hook in (_enter, _add_up, _own))  # one compiled block serves all
 
     def leave(module: nn.Module) -> None:
         module.register_forward_hook(add_up if any(inner in split for inner in module.modules()) else own)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from shardforge.core.errors import RecipeError
 from shardforge.core.options import option
 from shardforge.core.slots import engines
 from shardforge.engine.native import NativeEngine
@@ -26,6 +27,13 @@ class NativeConfig:
     )
     compiled: bool = option(False, "torch.compile each block")
     resharded: bool = option(True, "free gathered weights between forward and backward (ZeRO-3); false is ZeRO-2")
+
+    def __post_init__(self) -> None:
+        if self.compiled and self.recompute == "selective":
+            raise RecipeError(
+                "selective recompute cannot look into compiled blocks, where everything would be computed again",
+                fix="recompute: full, or compiled: false",
+            )
 
     def build(self, recipe: Recipe, device: torch.device) -> NativeEngine:
         return NativeEngine(recipe, self, device)
