@@ -28,10 +28,12 @@ def run(args: argparse.Namespace) -> int:
 def several(args: argparse.Namespace, loaded) -> int:
     """As many local processes as the layout has ranks; what one process can check is checked first."""
     from shardforge.data.loader import Loader
+    from shardforge.engine.fit import check_recipe
     from shardforge.launch.local import launch
     from shardforge.train.run import directory, own
 
     recipe = loaded.recipe
+    check_recipe(recipe)
     Loader(recipe.data, recipe.train, recipe.seed, vocab=recipe.model.vocab).close()
     words = ["train", args.recipe, *(word for text in args.sets for word in ("--set", text))]
     own(directory(recipe)).close()  # a living run is found here, not by the ranks; the first of them takes the lock

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from shardforge.checkpoint import state
 from shardforge.engine import passes
 from shardforge.engine.base import Losses, UpdateStats
+from shardforge.engine.fit import check_fit
 from shardforge.model import flops
 from shardforge.model.build import build
 from shardforge.nn import counter
@@ -37,6 +38,7 @@ class NativeEngine:
         self.mesh = mesh.build(recipe.parallel, device.type)
         self.master = DTYPES[recipe.precision.master]
         self.model = build(recipe.model, recipe.objective.build(), self.master)
+        check_fit(self.model, recipe.parallel)
         self.weights = flops.weights(self.model)
         self.step_flops = flops.step_flops(self.model, recipe.train.seq_len)
         passes.apply(

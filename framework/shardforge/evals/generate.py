@@ -31,7 +31,8 @@ def _continue(
     for _ in range(tokens):
         window = torch.tensor([known[-trained.recipe.train.seq_len :]], device=device)
         positions = torch.arange(window.shape[1], device=device)[None]
-        seq = Sequence(positions, torch.zeros_like(positions), torch.zeros(1, dtype=torch.int64, device=device))
+        rows = torch.zeros(1, dtype=torch.int64, device=device)
+        seq = Sequence(positions, torch.zeros_like(positions), rows, dtype=trained.dtype)
         logits = trained.model(window, seq)[0, -1].float().cpu()
         token = _draw(logits, temperature, top_p, generator)
         if token == trained.eos:

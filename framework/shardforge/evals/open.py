@@ -30,6 +30,11 @@ class Trained:
     corpus: Corpus
     step: int
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights, activations and tables: that in which the weights were stored."""
+        return DTYPES[self.recipe.precision.master]
+
 
 def open_trained(run_dir: RunDir, step: int | None = None) -> Trained:
     """The weights of a checkpoint (the newest by default), whatever layout wrote it, for evaluation."""

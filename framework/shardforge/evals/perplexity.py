@@ -29,7 +29,7 @@ def held_out(trained: Trained, sequences: int) -> HeldOut:
     total, scored = 0.0, 0
     for batch in loader.held_out_batches(sequences):
         for piece in batch.split(recipe.train.micro_batch or len(batch)):
-            seq = Sequence(piece.positions, piece.documents, piece.rows)
+            seq = Sequence(piece.positions, piece.documents, piece.rows, dtype=trained.dtype)
             total += trained.model(piece.tokens, seq, piece.labels)["loss"].item()
             scored += int((piece.labels != IGNORE).sum())
     loader.close()

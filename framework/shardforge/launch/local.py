@@ -10,13 +10,15 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
+from shardforge.core.errors import EngineError
 from shardforge.core.rundir import RunDir
 
 ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def launch(words: Sequence[str], processes: int, run_dir: RunDir) -> int:
-    """Run `shardforge WORDS` on `processes` ranks; the exit code of the first that failed, or 0.
+    """Run `shardforge WORDS` on `processes` ranks; the exit code of the first that failed (128 + the signal that ended
+    it, as a shell says it), or 0.
 
     A signal that asks for a stop becomes the STOP file, which the ranks agree on; a second SIGINT ends them at once.
     """
@@ -42,11 +44,25 @@ def launch(words: Sequence[str], processes: int, run_dir: RunDir) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "shardforge", *words)
     except ChildFailedError as error:
-        return error.get_first_failure()[1].exitcode
+        rank, failure = error.get_first_failure()
+        return failure.exitcode if failure.exitcode >= 0 else _ended(rank, -failure.exitcode, run_dir)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     return 0
+
+
+def _ended(rank: int, number: int, run_dir: RunDir) -> int:
+    """The exit code of a rank that a signal ended, which could say nothing itself; the others may have noticed."""
+    said = run_dir.failure.read_text() if run_dir.failure.exists() else ""
+    if os.environ["SHARDFORGE_START"] not in said:
+        lost = EngineError(
+            f"rank {rank} was ended by {signal.Signals(number).name}",
+            run_dir.path,
+            "SIGKILL is often the system out of memory; start again: the run resumes from its last checkpoint",
+        )
+        print(f"error: {lost}", file=sys.stderr, flush=True)
+    return 128 + number
 
 
 def _handled(config: type) -> dict[str, str]:
