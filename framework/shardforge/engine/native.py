@@ -58,6 +58,7 @@ class NativeEngine:
         return MixedPrecisionPolicy(
             param_dtype=None if compute == self.master else compute,
             reduce_dtype=DTYPES[self.recipe.precision.reduce],
+            cast_forward_inputs=False,  # it would reach into Sequence and round the position tables
         )
 
     def forward_backward(self, batch: Batch, step: int) -> Losses:

@@ -27,12 +27,12 @@ def _continue(
 ) -> str:
     known = trained.tokenizer.encode(prompt, add_special_tokens=False).ids or [trained.eos]
     start = len(known)
-    device = next(trained.model.parameters()).device
+    device = trained.device
     for _ in range(tokens):
         window = torch.tensor([known[-trained.recipe.train.seq_len :]], device=device)
         positions = torch.arange(window.shape[1], device=device)[None]
         rows = torch.zeros(1, dtype=torch.int64, device=device)
-        seq = Sequence(positions, torch.zeros_like(positions), rows, dtype=trained.dtype)
+        seq = Sequence(positions, torch.zeros_like(positions), rows, dtype=trained.tables)
         logits = trained.model(window, seq)[0, -1].float().cpu()
         token = _draw(logits, temperature, top_p, generator)
         if token == trained.eos:

@@ -31,13 +31,17 @@ class Trained:
     step: int
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of weights, activations and tables: that in which the weights were stored."""
-        return DTYPES[self.recipe.precision.master]
+    def tables(self) -> torch.dtype:
+        """Type of position tables, as in training."""
+        return torch.promote_types(DTYPES[self.recipe.precision.compute], torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
 
 def open_trained(run_dir: RunDir, step: int | None = None) -> Trained:
-    """The weights of a checkpoint (the newest by default), whatever layout wrote it, for evaluation."""
+    """The weights of a checkpoint (the newest by default), whatever layout wrote it, in the type that computes."""
     from tokenizers import Tokenizer
 
     if not run_dir.recipe.exists():
@@ -58,5 +62,6 @@ def open_trained(run_dir: RunDir, step: int | None = None) -> Trained:
     chosen = steps[-1] if step is None else step
     store.load(chosen, collect(model))
     store.close()
+    model.to(DTYPES[recipe.precision.compute])
     tokenizer = Tokenizer.from_file(str(corpus.tokenizer))
     return Trained(recipe, model.eval(), tokenizer, corpus.manifest.tokenizer.eos, corpus, chosen)

@@ -28,8 +28,8 @@ def held_out(trained: Trained, sequences: int) -> HeldOut:
     loader = Loader(recipe.data, recipe.train, recipe.seed, vocab=recipe.model.vocab)
     total, scored = 0.0, 0
     for batch in loader.held_out_batches(sequences):
-        for piece in batch.split(recipe.train.micro_batch or len(batch)):
-            seq = Sequence(piece.positions, piece.documents, piece.rows, dtype=trained.dtype)
+        for piece in batch.to(trained.device).split(recipe.train.micro_batch or len(batch)):
+            seq = Sequence(piece.positions, piece.documents, piece.rows, dtype=trained.tables)
             total += trained.model(piece.tokens, seq, piece.labels)["loss"].item()
             scored += int((piece.labels != IGNORE).sum())
     loader.close()

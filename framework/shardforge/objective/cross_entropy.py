@@ -17,6 +17,8 @@ from shardforge.nn.head import Head, VocabSplit
 
 CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 """Memory for the logits of one chunk on one rank: within the cache of a CPU, large enough to fill a GPU."""
+FEWEST = 128
+"""Positions in a chunk at least; fewer make thin, slow matrix products."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class _Score(Function):
     @staticmethod
     def forward(ctx, x, weight, labels, head, z_coefficient, split):
         wide = torch.promote_types(x.dtype, torch.float32)
-        rows = max(1, CHUNK_BYTES[x.device.type] // (weight.shape[0] * wide.itemsize))
+        rows = max(FEWEST, CHUNK_BYTES[x.device.type] // (weight.shape[0] * wide.itemsize))
         grads = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         dx = torch.empty_like(x) if grads else None
         dw = torch.zeros_like(weight, dtype=wide) if grads else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -53,7 +54,8 @@ class Console:
         self._say(f"run {verdict}")
 
     def _say(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        with suppress(BrokenPipeError):  # `| head` has seen enough; the run goes on
+            print(text, file=self._stream, flush=True)
 
 
 def introduction(info: RunInfo) -> str:

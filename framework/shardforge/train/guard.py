@@ -19,7 +19,7 @@ from shardforge.core.rundir import RunDir
 from shardforge.train.lock import Occupied
 
 MISTAKE, CRASH, INTERRUPTED = 2, 1, 130
-LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")
+LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "NCCL communicator was aborted")
 
 
 def guarded(run_dir: RunDir, layout: Layout, work: Callable[[], int]) -> int:

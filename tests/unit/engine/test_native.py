@@ -130,6 +130,17 @@ def mixed_types(layout: Layout) -> tuple[set[torch.dtype], set[torch.dtype], set
     return rest, seen, {weight.grad.dtype for weight in made.model.parameters()}
 
 
+def table_types(layout: Layout) -> set[torch.dtype]:
+    """Types of the position tables that the layers read."""
+    made, seen = engine(layout, **BF16), set()
+    for block in made.model.blocks.values():
+        block.mixer.position.register_forward_pre_hook(
+            lambda module, args: seen.update(table.dtype for table in args[1].tables[module.name])
+        )
+    made.forward_backward(part(batch(), made.mesh.data_rank, layout.data_ranks), 0)
+    return seen
+
+
 def mistake(layout: Layout, changes: dict[str, Any]) -> str:
     try:
         engine(layout, **changes).forward_backward(batch(), 0)
@@ -189,6 +200,12 @@ def test_weights_and_gradients_rest_in_float32_and_blocks_compute_in_bfloat16(ra
     wanted = Layout.parse(layout)
     for answer in ranks(wanted.world_size).run(mixed_types, wanted):
         assert answer == ({torch.float32}, {torch.bfloat16}, {torch.float32})
+
+
+@pytest.mark.parametrize("layout", ["one", "dp2", "tp2"])
+def test_position_tables_stay_float32_where_blocks_compute_in_bfloat16(ranks, layout):
+    wanted = Layout.parse(layout)
+    assert ranks(wanted.world_size).run(table_types, wanted) == [{torch.float32}] * wanted.world_size
 
 
 def test_a_layout_for_another_number_of_processes_is_refused(ranks):

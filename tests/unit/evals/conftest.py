@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
 from shardforge.checkpoint.state import collect, table
@@ -15,6 +14,7 @@ from shardforge.core.rundir import RunDir
 from shardforge.data import synthetic
 from shardforge.model.build import build
 from shardforge.nn.init import fill
+from shardforge.precision.types import DTYPES
 from shardforge.recipe.provenance import dump
 from shardforge.recipe.schema import CheckpointConfig, Recipe
 from tests.tiny import LENGTH, SEQUENCES, VOCAB, tiny
@@ -34,7 +34,7 @@ TOKENIZER = {
 
 
 def model_of(recipe: Recipe, seed: int) -> nn.Module:
-    model = build(recipe.model, recipe.objective.build(), torch.float64).to_empty(device="cpu")
+    model = build(recipe.model, recipe.objective.build(), DTYPES[recipe.precision.master]).to_empty(device="cpu")
     fill(model, seed)
     return model
 

@@ -90,6 +90,7 @@ def on_half_the_vocabulary(z: float, cap: float | None) -> list[Tensor]:
 @pytest.fixture(params=["whole", "rows-of-3", "row-by-row"])
 def chunked(request, monkeypatch) -> None:
     sizes = {"whole": 1 << 20, "rows-of-3": 3 * V * 8, "row-by-row": 1}
+    monkeypatch.setattr(file, "FEWEST", 1)
     monkeypatch.setitem(file.CHUNK_BYTES, "cpu", sizes[request.param])
 
 
@@ -145,6 +146,7 @@ def test_without_gradients_the_loss_is_the_same():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_logits_of_a_whole_batch_never_exist(monkeypatch, training):
+    monkeypatch.setattr(file, "FEWEST", 1)
     monkeypatch.setitem(file.CHUNK_BYTES, "cpu", 3 * V * 8)
     largest = 0
 

@@ -62,3 +62,11 @@ def test_events_between_steps_have_their_lines(make_info):
         "checkpoint of step 3 in checkpoints/step-3",
         "run stopped",
     ]
+
+
+def test_a_reader_that_has_seen_enough_does_not_end_the_run():
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    Console(Closed()).on_end("finished")
