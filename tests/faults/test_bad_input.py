@@ -85,7 +85,11 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
         ["parallel.tp=4"],
         ["kv_heads=2 cannot be split 4 ways over tp", "tp=2 keeps the same 4 ranks"],
     ),
-    "sequences that ranks cannot share": (lambda folder: None, ["parallel.dp_shard=3"], ["4 sequences cannot be shared"]),
+    "sequences that ranks cannot share": (
+        lambda folder: None,
+        ["parallel.dp_shard=3"],
+        ["4 sequences cannot be shared"],
+    ),
     "a misspelt field": (lambda folder: None, ["train.stepz=3"], ["stepz", "did you mean 'steps'"]),
     "no wandb": (lambda folder: None, ["observe=[wandb]"], ["needs the package wandb", "shardforge[wandb]"]),
     "a stored recipe that is no recipe": (
@@ -121,7 +125,9 @@ def test_numbers_that_are_lost_stop_the_run_before_they_reach_a_checkpoint(earli
 def test_a_place_that_cannot_be_a_folder_is_refused(tmp_path, layout):
     (tmp_path / "file").touch()
     words = ("--set", f"run_dir={tmp_path / 'file' / 'run'}", "--set", f"parallel.{layout}")
-    check(runs.run(tmp_path, "train", str(runs.write_recipe(tmp_path)), *words), "cannot be a run directory", "run_dir=")
+    check(
+        runs.run(tmp_path, "train", str(runs.write_recipe(tmp_path)), *words), "cannot be a run directory", "run_dir="
+    )
 
 
 def test_torchrun_with_another_number_of_processes_is_one_message(tmp_path):

@@ -92,6 +92,17 @@ def test_a_run_killed_at_random_moments_ends_as_the_undisturbed_one_to_the_last_
     assert same(runs.saved(tmp_path / "run", STEPS), runs.saved(undisturbed, STEPS))
 
 
+@pytest.mark.parametrize("name", ["recipe.yaml", "origins.json", "provenance.json", "stopped.json"])
+def test_what_a_start_writes_again_is_replaced_whole(tmp_path, name):
+    """A second name of the old file keeps the old text, so there was no moment in which the file was half new."""
+    recipe = str(runs.write_recipe(tmp_path))
+    assert runs.run(tmp_path, "train", recipe, "--set", "train.steps=3").code == 0
+    before = (tmp_path / "run" / name).read_text()
+    os.link(tmp_path / "run" / name, tmp_path / "old")
+    assert runs.run(tmp_path, "train", recipe, "--set", "train.steps=4", "--set", "seed=3").code == 0
+    assert (tmp_path / "old").read_text() == before != (tmp_path / "run" / name).read_text()
+
+
 def test_two_processes_killed_together_go_on_to_the_last_bit(ranks, tmp_path):
     recipe = str(runs.write_recipe(tmp_path, parallel={"dp_shard": 2}))
     elsewhere = tmp_path / "undisturbed"

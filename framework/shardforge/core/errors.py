@@ -1,12 +1,12 @@
 """Every mistake a user can make, as one sentence each: what, where, and how to mend it.
 
-    ForgeError
-      RecipeError        the recipe itself: keys, types, values
-      LayoutError        the mesh does not fit the model or the machine
-      DataError          corpus, shards, tokenizer
-      CheckpointError    saving, loading, another model's weights
-      EngineError        a step went wrong: non-finite, out of memory, a lost rank
-      LaunchError        starting processes: a missing package, a live run, a wrong world size
+ForgeError
+  RecipeError        the recipe itself: keys, types, values
+  LayoutError        the mesh does not fit the model or the machine
+  DataError          corpus, shards, tokenizer
+  CheckpointError    saving, loading, another model's weights
+  EngineError        a step went wrong: non-finite, out of memory, a lost rank
+  LaunchError        starting processes: a missing package, a live run, a wrong world size
 """
 
 from __future__ import annotations

@@ -105,5 +105,5 @@ class Layout:
             name = part.rstrip("0123456789")
             if name not in long or name == part or long[name] in degrees or int(part[len(name) :]) < 1:
                 raise LayoutError(f"cannot read layout {text!r}", "layout", "write it like rep2-dp2-tp2")
-            degrees[long[name]] = int(part[len(name):])
+            degrees[long[name]] = int(part[len(name) :])
         return cls(**degrees)

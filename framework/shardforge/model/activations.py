@@ -38,9 +38,7 @@ CURVES: dict[str, Elementwise] = {
     # x * Phi(x), or its approximation with tanh; Hendrycks and Gimpel 2016, arXiv:1606.08415
     "gelu": _gelu("none"),
     "gelu_tanh": _gelu("tanh"),
-    "relu": Elementwise(
-        F.relu, lambda grad, x, out: aten.threshold_backward.grad_input(grad, x, 0, grad_input=out)
-    ),
+    "relu": Elementwise(F.relu, lambda grad, x, out: aten.threshold_backward.grad_input(grad, x, 0, grad_input=out)),
     # So et al. 2021, "Primer", arXiv:2109.08668
     "relu2": Elementwise(
         lambda x: F.relu(x).square(), lambda grad, x, out: torch.mul(grad, F.relu(x), out=out).mul_(2)

@@ -66,19 +66,18 @@ def gated(gate: Tensor, up: Tensor, curve: Curve) -> Tensor:
 class _Gated(Function):
     @staticmethod
     def forward(ctx, gate, up, curve):
-        ctx.save_for_backward(gate, up)
+        curved = curve(gate)
+        ctx.save_for_backward(gate, up, curved)
         ctx.curve = curve
-        y = torch.empty_like(gate, memory_format=torch.contiguous_format)
-        for g, u, out in _parts(*(t.reshape(-1, gate.shape[-1]) for t in (gate, up, y))):
-            torch.mul(curve(g), u, out=out)
-        return y
+        return curved * up
 
     @staticmethod
     def backward(ctx, grad):
-        gate, up = ctx.saved_tensors
+        gate, up, curved = ctx.saved_tensors
         dgate, dup = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (gate, up))
-        for g, u, dy, dg, du in _parts(*(t.reshape(-1, gate.shape[-1]) for t in (gate, up, grad, dgate, dup))):
-            torch.mul(dy, ctx.curve(g), out=du)
+        flat = (t.reshape(-1, gate.shape[-1]) for t in (gate, up, curved, grad, dgate, dup))
+        for g, u, c, dy, dg, du in _parts(*flat):
+            torch.mul(dy, c, out=du)
             ctx.curve.slope(dy * u, g, dg)
         return dgate, dup, None
 

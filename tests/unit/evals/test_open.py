@@ -30,7 +30,7 @@ def test_the_tokenizer_is_that_of_the_corpus(trained):
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(DataError, match="no recipe.yaml"):
+    with pytest.raises(DataError, match=r"no recipe\.yaml"):
         open_trained(RunDir(tmp_path))
 
 

@@ -16,7 +16,6 @@ from shardforge.nn.batch import Batch
 from tests.tiny import VOCAB
 from tests.unit.evals.conftest import model_of
 
-
 BF16 = {"precision": {"master": "fp32", "compute": "bf16", "reduce": "fp32"}}
 
 
@@ -58,7 +57,7 @@ def test_batches_go_to_the_device_of_the_model(trained, monkeypatch):
 
 
 def test_it_does_not_depend_on_how_the_sequences_are_cut(trained):
-    run_dir, recipe = trained()
+    run_dir, _ = trained()
     whole = held_out(open_trained(run_dir), 7)
     run_dir.recipe.write_text(run_dir.recipe.read_text().replace("micro_batch: null", "micro_batch: 4"))
     assert open_trained(run_dir).recipe.train.micro_batch == 4

@@ -94,5 +94,5 @@ def test_all_layers_share_one_table():
 
 
 def test_an_odd_number_of_turning_channels_is_refused():
-    with pytest.raises(RecipeError, match="head_dim=6 .* gives 3 turning channels"):
+    with pytest.raises(RecipeError, match=r"head_dim=6 .* gives 3 turning channels"):
         RopeConfig(fraction=0.5).build(6)

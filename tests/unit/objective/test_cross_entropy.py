@@ -19,7 +19,9 @@ LABELS = {
     "all": lambda labels: labels,
     "some-ignored": lambda labels: labels.masked_fill(torch.arange(B * S).view(B, S) % 3 == 1, IGNORE),
     "first-rows-ignored": lambda labels: labels.index_fill(1, torch.arange(4), IGNORE),
-    "one-scored": lambda labels: torch.full_like(labels, IGNORE).index_put((torch.tensor(1), torch.tensor(2)), labels[1, 2]),
+    "one-scored": lambda labels: torch.full_like(labels, IGNORE).index_put(
+        (torch.tensor(1), torch.tensor(2)), labels[1, 2]
+    ),
 }
 
 

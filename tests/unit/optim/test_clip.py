@@ -37,7 +37,9 @@ def on_ranks(layout: Layout) -> tuple[float, float, float, set[int]]:
 
 def test_one_process_gets_the_norm_of_torch():
     weights = gradients((3, 4), (5,), ())
-    assert global_norm(weights).item() == pytest.approx(nn.utils.get_total_norm([w.grad for w in weights]).item(), 1e-12)
+    assert global_norm(weights).item() == pytest.approx(
+        nn.utils.get_total_norm([w.grad for w in weights]).item(), 1e-12
+    )
 
 
 @pytest.mark.parametrize("limit", [0.5, 1.0, 1e9])

@@ -28,7 +28,9 @@ def decaying(made: nn.Module, decayed: tuple[str, ...] = ("matrix", "table"), de
 BIASED = {"mixer": GQA | {"bias": "all", "qk_norm": "rmsnorm"}, "ffn": GLU | {"bias": True}}
 
 
-@pytest.mark.parametrize("changes", [BIASED, OPTIONS["post-norm"], OPTIONS["offset-norm"]], ids=["all", "post", "offset"])
+@pytest.mark.parametrize(
+    "changes", [BIASED, OPTIONS["post-norm"], OPTIONS["offset-norm"]], ids=["all", "post", "offset"]
+)
 def test_norms_and_biases_never_decay(changes):
     made = model(**changes)
     assert {name for name in decaying(made) if "norm" in name or "bias" in name} == set()

@@ -50,7 +50,7 @@ def placements() -> dict[str, int | None]:
 
 def told() -> dict[str, object]:
     """What the modules of this rank know of their part."""
-    model, here = built(TP2, **EVERYTHING)
+    model, _ = built(TP2, **EVERYTHING)
     block = model.blocks["0"]
     return {
         "first row": model.embed.first,

@@ -95,7 +95,10 @@ def test_alone_a_result_and_a_mistake_are_what_they_are():
     ("layout", "fix"),
     [
         (Layout(dp_shard=4), "start 4, or choose degrees whose product is 2, for example --set parallel.dp_shard=2"),
-        (Layout(tp=2, dp_shard=4), "start 8, or choose degrees whose product is 2, for example --set parallel.dp_shard=1"),
+        (
+            Layout(tp=2, dp_shard=4),
+            "start 8, or choose degrees whose product is 2, for example --set parallel.dp_shard=1",
+        ),
         (Layout(tp=4), "start 4, or choose degrees whose product is 2"),
     ],
     ids=str,
