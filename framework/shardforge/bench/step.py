@@ -33,9 +33,10 @@ from shardforge.recipe.schema import Recipe
 
 @dataclasses.dataclass(frozen=True)
 class StepBench:
-    ours: float  # tokens a second
+    ours: float  # tokens a second, in the fastest step
     peer: float
-    ratio: float  # median over pairs of (peer's time / our time)
+    ratio: float  # of the fastest steps
+    median: float  # median over pairs of (peer's time / our time)
     weights: int
     peer_weights: int
 
@@ -68,8 +69,9 @@ def run(recipe: Recipe, pairs: int, tell: Callable[[str], None]) -> StepBench:
     tokens = recipe.train.sequences * recipe.train.seq_len
     ratios = [b / a for a, b in zip(ours[2:], theirs[2:], strict=True)]
     return StepBench(
-        tokens / statistics.median(ours[2:]),
-        tokens / statistics.median(theirs[2:]),
+        tokens / min(ours[2:]),
+        tokens / min(theirs[2:]),
+        min(theirs[2:]) / min(ours[2:]),
         statistics.median(ratios),
         engine.weights,
         sum(weight.numel() for weight in peer.model.parameters()),
