@@ -61,10 +61,11 @@ class Console:
 def introduction(info: RunInfo) -> str:
     """ "first: 8.40M weights, layout dp2 on 2 processes, steps 151 to 300 in runs/first"."""
     processes = f"{info.world_size} process{'es' * (info.world_size > 1)}"
-    return (
-        f"{info.name}: {units.count(info.weights)} weights, layout {info.layout} on {processes}, "
-        f"steps {info.first_step + 1} to {info.steps} in {info.path}"
-    )
+    left = f"steps {info.first_step + 1} to {info.steps}"
+    if info.first_step >= info.steps:
+        left = f"all {info.steps} steps done"
+    weights = units.count(info.weights)
+    return f"{info.name}: {weights} weights, layout {info.layout} on {processes}, {left} in {info.path}"
 
 
 def line(report: StepReport, rates: Rates) -> str:

@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 
 from shardforge.observe.base import EvalReport
-from shardforge.observe.console import HEADER, Console
+from shardforge.observe.console import HEADER, Console, introduction
 
 
 def printed(reports, info) -> list[str]:
@@ -70,3 +70,7 @@ def test_a_reader_that_has_seen_enough_does_not_end_the_run():
             raise BrokenPipeError
 
     Console(Closed()).on_end("finished")
+
+
+def test_a_finished_run_that_is_started_again_says_so(make_info):
+    assert "all 300 steps done" in introduction(make_info(steps=300, first_step=300))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shardforge.core.errors import EngineError
 from shardforge.core.optional import require
 from shardforge.core.slots import cores
 from shardforge.model.attention import AttentionCore
@@ -36,6 +37,12 @@ class Flash(AttentionCore):
         seq.prepare("flash", lambda: document_starts(seq.documents))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence) -> Tensor:
+        if q.is_cuda and q.dtype not in (torch.float16, torch.bfloat16):
+            raise EngineError(
+                f"flash-attn computes in float16 or bfloat16, and this model in {q.dtype}",
+                "model.core",
+                "precision.compute: bf16, or model.core: flex",
+            )
         starts, longest = seq.tables["flash"]
         reach = -1 if self.mask.window is None else self.mask.window - 1  # the package counts keys before the query
         y = self.attend(
