@@ -24,8 +24,8 @@ check: .venv/.stamp-test ## the one command before a commit: format, imports, si
 	@tools/dev/check
 
 lint: .venv/.stamp-test ## format the code and mend what ruff can mend
-	@$(venv) -m ruff format .
-	@$(venv) -m ruff check --fix .
+	@$(venv) -m ruff format framework kernels tools tests
+	@$(venv) -m ruff check --fix framework kernels tools tests
 
 wheel: .venv/.stamp-test ## dist/shardforge-*.whl, recipes and Slurm templates inside
 	@rm -rf build dist
