@@ -109,10 +109,8 @@ class _Rotate(Function):
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out = x * torch.cat([cos, cos], -1)
     (a, b), (left, right) = x.chunk(2, -1), out.chunk(2, -1)
-    torch.mul(a, cos, out=left)
     left.addcmul_(b, sin, value=-sign)
-    torch.mul(b, cos, out=right)
     right.addcmul_(a, sin, value=sign)
     return out

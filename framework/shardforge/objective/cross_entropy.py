@@ -46,7 +46,7 @@ class _Score(Function):
         rows = max(FEWEST, CHUNK_BYTES[x.device.type] // (weight.shape[0] * wide.itemsize))
         grads = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         dx = torch.empty_like(x) if grads else None
-        dw = torch.zeros_like(weight, dtype=wide) if grads else None
+        dw = torch.empty_like(weight, dtype=wide) if grads else None
         sums = torch.zeros(2, dtype=wide, device=x.device)
         for start in range(0, len(x), rows):
             piece, mine = x[start : start + rows], labels[start : start + rows]
@@ -58,7 +58,7 @@ class _Score(Function):
                     logits *= slope
                 dlogits = logits.to(x.dtype)
                 torch.mm(dlogits, weight, out=dx[start : start + rows])
-                _accumulate(dw, dlogits, piece)
+                _accumulate(dw, dlogits, piece, keep=float(start > 0))
         ctx.grads = (dx, dw.to(weight.dtype)) if grads else None
         plain, z = sums.clone().unbind()
         ctx.mark_non_differentiable(plain, z)
@@ -70,11 +70,14 @@ class _Score(Function):
         return dx * grad, dw * grad, None, None, None, None
 
 
-def _accumulate(dw: Tensor, dlogits: Tensor, piece: Tensor) -> None:
+def _accumulate(dw: Tensor, dlogits: Tensor, piece: Tensor, keep: float) -> None:
+    """dw = keep * dw + dlogits^T piece; with keep = 0 whatever dw held is forgotten."""
     if dlogits.dtype == dw.dtype:
-        dw.addmm_(dlogits.T, piece)
-    else:
+        dw.addmm_(dlogits.T, piece, beta=keep)
+    elif keep:
         dw += dlogits.T @ piece  # sums over chunks stay wide
+    else:
+        dw.copy_(dlogits.T @ piece)
 
 
 def _score(logits: Tensor, labels: Tensor, z_coefficient: float, split: VocabSplit) -> Tensor:
