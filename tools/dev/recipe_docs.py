@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from zoo_docs import default, meaning
+from zoo_docs import default, meaning, write_or_check
 
 from shardforge.recipe.build import choices, hints, slot_of
 from shardforge.recipe.schema import Recipe
@@ -63,19 +62,5 @@ def preset(field: dataclasses.Field[Any]) -> str:
     return "see below" if nested else value
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the file is not current")
-    written = page()
-    if parser.parse_args().check:
-        current = TARGET.exists() and TARGET.read_text() == written
-        print("recipe: current" if current else "recipe: docs/reference/recipe.md is old; run tools/dev/recipe_docs.py")
-        return 0 if current else 1
-    TARGET.parent.mkdir(parents=True, exist_ok=True)
-    TARGET.write_text(written)
-    print(f"recipe: wrote {TARGET.name}")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check("recipe", __doc__, TARGET, page()))

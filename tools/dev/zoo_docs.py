@@ -71,19 +71,19 @@ def meaning(metadata: Any) -> str:
     return f"{text} ({', '.join(notes)})" if notes else text
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+def write_or_check(name: str, description: str, target: Path, page: str) -> int:
+    """The command line of a generated page; exit code."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the file is not current")
-    written = page()
     if parser.parse_args().check:
-        current = TARGET.exists() and TARGET.read_text() == written
-        print("zoo: current" if current else "zoo: docs/reference/zoo.md is old; run python tools/dev/zoo_docs.py")
+        current = target.exists() and target.read_text() == page
+        print(f"{name}: current" if current else f"{name}: {target.name} is old; run python tools/dev/{name}_docs.py")
         return 0 if current else 1
-    TARGET.parent.mkdir(parents=True, exist_ok=True)
-    TARGET.write_text(written)
-    print(f"zoo: wrote {TARGET.name}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(page)
+    print(f"{name}: wrote {target.name}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check("zoo", __doc__, TARGET, page()))
