@@ -21,7 +21,7 @@ AXES: dict[str, dict[str, Any]] = {
     "accumulated": {"train": TRAIN | {"micro_batch": 1}},
     "recompute-full": {"engine": {"kind": "native", "recompute": "full"}},
     "recompute-selective": {"engine": {"kind": "native", "recompute": "selective"}},
-    "kept-gathered": {"engine": {"kind": "native", "resharded": False}},
+    "kept-gathered": {"engine": {"kind": "native", "zero": 2}},
     "accumulated-recompute-full": {
         "train": TRAIN | {"micro_batch": 2},
         "engine": {"kind": "native", "recompute": "full"},

@@ -1,43 +1,90 @@
-"""Which mesh axis splits which weight dimension. Pure data: no torch, no process group."""
+"""Which mesh axis splits which weight dimension, and which rank stands where. Pure data: no torch, no process group."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from itertools import product
+from dataclasses import dataclass
 
 from shardforge.core.dims import Dim
 from shardforge.core.errors import LayoutError
 from shardforge.core.options import option
 
-RULES: Mapping[str, str] = {"heads": "tp", "kv_heads": "tp", "ffn": "tp", "vocab": "tp"}
+RULES: Mapping[str, str] = {
+    "heads": "tp",
+    "kv_heads": "tp",
+    "ffn": "tp",
+    "vocab": "tp",
+    "expert": "ep",
+    "expert_ffn": "etp",
+}
 """Name of a weight dimension -> the mesh axis that splits it."""
 
-SHORT = {"dp_replicate": "rep", "dp_shard": "dp", "tp": "tp"}
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+"""Axes of the dense weights; their product is the number of ranks."""
+
+EXPERT_AXES = ("pp", "dp_replicate", "efsdp", "ep", "etp")
+"""Axes of the expert weights over the same ranks: within a stage and a replica, ep x etp ranks hold all experts once."""
+
+SHORT = {"pp": "pp", "dp_replicate": "rep", "dp_shard": "dp", "cp": "cp", "tp": "tp", "ep": "ep", "etp": "etp"}
+REPEATED = ("kv_heads",)
+"""Dimensions that stay whole on each rank where they have fewer pieces than the axis has ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Degrees of parallelism. Ranks are numbered with tp innermost, dp_replicate outermost."""
+    """Degrees of parallelism. `order` says how ranks are numbered; the innermost axis has neighbouring numbers."""
 
+    pp: int = option(1, "stages of the pipeline", at_least=1)
     dp_replicate: int = option(1, "copies of the sharded model (HSDP replicas)", at_least=1)
     dp_shard: int = option(1, "ranks that share one copy of weights, gradients and optimizer states (FSDP)", at_least=1)
+    cp: int = option(1, "ranks that share the positions of a sequence, attention included", at_least=1)
     tp: int = option(1, "ranks that split heads, ffn and vocabulary, and the sequence between them", at_least=1)
+    ep: int = option(1, "ranks that share the experts, out of dp_shard x cp x tp", at_least=1)
+    etp: int = option(1, "ranks that split each expert, out of dp_shard x cp x tp", at_least=1)
+    order: str = option("pp-rep-dp-cp-tp", "axes from the outermost to the innermost; ranks of the last are neighbours")
+
+    def __post_init__(self) -> None:
+        if sorted(self.order.split("-")) != sorted(SHORT[axis] for axis in AXES):
+            raise LayoutError(f"cannot read the order {self.order!r}", "parallel.order", "write all of pp-rep-dp-cp-tp")
+        inside = self.dp_shard * self.cp * self.tp
+        if inside % (self.ep * self.etp):
+            fits = (
+                max(n for n in range(1, self.ep + 1) if inside % (n * self.etp) == 0) if inside % self.etp == 0 else 1
+            )
+            raise LayoutError(
+                f"ep={self.ep} x etp={self.etp} must divide the {inside} ranks of dp_shard={self.dp_shard} x "
+                f"cp={self.cp} x tp={self.tp}",
+                "parallel.ep",
+                f"ep={fits} works" if inside % self.etp == 0 else f"etp must divide {inside}",
+            )
 
     @property
     def axes(self) -> tuple[str, ...]:
-        return tuple(field.name for field in fields(self))
+        return AXES
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(getattr(self, axis) for axis in self.axes)
+        return tuple(self.degree(axis) for axis in AXES)
+
+    @property
+    def efsdp(self) -> int:
+        """Ranks that share one rank's experts, as dp_shard ranks share the other weights."""
+        return self.dp_shard * self.cp * self.tp // (self.ep * self.etp)
+
+    @property
+    def expert_shape(self) -> tuple[int, ...]:
+        """Degrees along `EXPERT_AXES`."""
+        return (self.pp, self.dp_replicate, self.efsdp, self.ep, self.etp)
 
     @property
     def world_size(self) -> int:
-        size = 1
-        for degree in self.shape:
-            size *= degree
-        return size
+        return math.prod(self.shape)
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks of one pipeline stage."""
+        return self.world_size // self.pp
 
     @property
     def data_ranks(self) -> int:
@@ -47,28 +94,40 @@ class Layout:
     def degree(self, axis: str) -> int:
         return getattr(self, axis)
 
+    def degrees(self) -> dict[str, int]:
+        """Every degree that a recipe can set, by its name there."""
+        return {axis: self.degree(axis) for axis in SHORT}
+
     def split(self, dims: tuple[Dim, ...]) -> dict[str, int]:
         """Mesh axis -> index of the tensor dimension that it splits, for one weight."""
         out: dict[str, int] = {}
         for index, dim in enumerate(dims):
             axis = RULES.get(dim.name)
-            if axis is None or self.degree(axis) == 1:
+            if axis is None or self.degree(axis) == 1 or self.repeated(dim):
                 continue
             if dim.count % self.degree(axis):
-                fitting = self.fitting(axis, dim.count)
-                raise LayoutError(
-                    f"{dim.name}={dim.count} cannot be split {self.degree(axis)} ways over {axis}",
-                    f"parallel.{axis}",
-                    f"{axis} must divide {dim.count}; {axis}={fitting} keeps the same {self.world_size} ranks "
-                    f"with dp_shard={self.dp_shard * self.degree(axis) // fitting}",
-                )
+                raise self.misfit(axis, dim)
             out[axis] = index
         return out
 
+    def repeated(self, dim: Dim) -> bool:
+        """Whether `dim` has fewer pieces than its axis has ranks, so that several ranks work on each piece."""
+        degree = self.degree(RULES[dim.name])
+        return dim.name in REPEATED and dim.count < degree and degree % dim.count == 0
+
+    def misfit(self, axis: str, dim: Dim) -> LayoutError:
+        degree, fitting = self.degree(axis), self.fitting(axis, dim.count)
+        fix = f"{axis} must divide {dim.count}; {axis}={fitting} "
+        if axis in AXES:
+            fix += f"keeps the same {self.world_size} ranks with dp_shard={self.dp_shard * degree // fitting}"
+        else:
+            fix += "works on the same ranks"
+        what = f"{dim.name}={dim.count} cannot be split {degree} ways over {axis}"
+        return LayoutError(what, f"parallel.{axis}", fix)
+
     def fitting(self, axis: str, count: int) -> int:
         """The largest degree of `axis` that divides both `count` and the present degree."""
-        degree = self.degree(axis)
-        return max(n for n in range(1, degree + 1) if count % n == 0 and degree % n == 0)
+        return math.gcd(count, self.degree(axis))
 
     def local_shape(self, dims: tuple[Dim, ...]) -> tuple[int, ...]:
         """Shape of one rank's piece before data-parallel sharding."""
@@ -77,33 +136,53 @@ class Layout:
 
     def coordinates(self, rank: int) -> dict[str, int]:
         """Mesh axis -> position of `rank` along it."""
+        long = {short: axis for axis, short in SHORT.items()}
         out: dict[str, int] = {}
-        for axis in reversed(self.axes):
+        for axis in reversed([long[short] for short in self.order.split("-")]):
             rank, out[axis] = divmod(rank, self.degree(axis))
-        return {axis: out[axis] for axis in self.axes}
+        return {axis: out[axis] for axis in AXES}
+
+    def expert_coordinates(self, rank: int) -> dict[str, int]:
+        """The same over `EXPERT_AXES`."""
+        here = self.coordinates(rank)
+        inside = (here["dp_shard"] * self.cp + here["cp"]) * self.tp + here["tp"]
+        inside, etp = divmod(inside, self.etp)
+        efsdp, ep = divmod(inside, self.ep)
+        return {"pp": here["pp"], "dp_replicate": here["dp_replicate"], "efsdp": efsdp, "ep": ep, "etp": etp}
+
+    def data_rank(self, rank: int) -> int:
+        """Which share of the sequences of a batch `rank` reads."""
+        here = self.coordinates(rank)
+        return here["dp_replicate"] * self.dp_shard + here["dp_shard"]
+
+    def placed(self) -> tuple[int, ...]:
+        """The rank at each place of the mesh, places counted with pp outermost and tp innermost."""
+        places = {tuple(self.coordinates(rank).values()): rank for rank in range(self.world_size)}
+        return tuple(places[place] for place in sorted(places))
 
     def ranks(self, axis: str, of: int) -> tuple[int, ...]:
         """Members of the group of rank `of` along `axis`, in order."""
-        here = self.coordinates(of)
+        where = self.coordinates if axis in AXES else self.expert_coordinates
+        here = where(of)
         out = []
-        for rank, place in enumerate(product(*(range(n) for n in self.shape))):
-            where = dict(zip(self.axes, place, strict=True))
-            if all(where[other] == here[other] for other in self.axes if other != axis):
-                out.append(rank)
-        return tuple(out)
+        for rank in range(self.world_size):
+            there = where(rank)
+            if all(there[other] == here[other] for other in here if other != axis):
+                out.append((there[axis], rank))
+        return tuple(rank for _, rank in sorted(out))
 
     def __str__(self) -> str:
-        parts = [f"{SHORT[axis]}{self.degree(axis)}" for axis in self.axes if self.degree(axis) > 1]
+        parts = [f"{short}{self.degree(axis)}" for axis, short in SHORT.items() if self.degree(axis) > 1]
         return "-".join(parts) or "one"
 
     @classmethod
     def parse(cls, text: str) -> Layout:
-        """The layout that prints as `text`: "rep2-dp2-tp2"; "one" is a single process."""
+        """The layout that prints as `text`: "pp2-dp2-tp2"; "one" is a single process."""
         long = {short: axis for axis, short in SHORT.items()}
         degrees: dict[str, int] = {}
         for part in text.split("-") if text != "one" else ():
             name = part.rstrip("0123456789")
             if name not in long or name == part or long[name] in degrees or int(part[len(name) :]) < 1:
-                raise LayoutError(f"cannot read layout {text!r}", "layout", "write it like rep2-dp2-tp2")
+                raise LayoutError(f"cannot read layout {text!r}", "layout", "write it like pp2-dp2-tp2")
             degrees[long[name]] = int(part[len(name) :])
         return cls(**degrees)

@@ -23,4 +23,4 @@ class Block(Module):
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:  # [b, s, h] -> [b, s, h]
         x = self.mixer_residual(x, lambda y: self.mixer(y, seq), seq)
-        return self.ffn_residual(x, self.ffn, seq)
+        return self.ffn_residual(x, lambda y: self.ffn(y, seq), seq)

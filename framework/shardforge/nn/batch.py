@@ -33,5 +33,10 @@ class Batch:
         for start in range(0, len(self), size):
             yield Batch(*(getattr(self, f.name)[start : start + size] for f in fields(self)))
 
+    def at(self, index: Tensor) -> Batch:
+        """The columns `index` [s] of every row."""
+        columns = {f.name: getattr(self, f.name)[:, index] for f in fields(self) if f.name != "rows"}
+        return Batch(**columns, rows=self.rows)
+
     def to(self, device: torch.device) -> Batch:
         return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))

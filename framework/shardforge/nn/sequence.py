@@ -4,24 +4,55 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Shares:
+    """What a sum over this micro-batch is a share of: sizes of the whole batch of the step, over all ranks."""
+
+    tokens: int = 1  # positions that hold a token of a document
+    sequences: int = 1
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where tokens stand."""
+
+    positions: Tensor  # [b, t] distance from the start of the document
+    documents: Tensor  # [b, t] equal numbers see each other
+
+
 @dataclass
 class Sequence:
-    """One micro-batch as the model sees it. All positions are of the whole sequence, also where x is split."""
+    """One micro-batch as one context-parallel rank sees it; `s` of the `length` tokens of each sequence are here.
+
+    Between slots a tp rank holds a part of these s tokens; positions and documents are of all s.
+    """
 
     positions: Tensor  # [b, s] distance from the start of the document
     documents: Tensor  # [b, s] equal numbers see each other
     rows: Tensor  # [b] index of each sequence in the whole batch of the step
     key: Tensor | None = None  # 0-d int64, the dropout key of the step; None when nothing is dropped
     dtype: torch.dtype = torch.float32  # of position tables: float32, or float64 in a float64 model
-    tables: dict[Hashable, Tensor | tuple[Tensor, ...]] = field(default_factory=dict)
+    tables: dict[Hashable, Any] = field(default_factory=dict)
+    keys: Places | None = None  # of the keys that an attention core gets, where they are not of the s tokens alone
+    index: Tensor | None = None  # [s] place of each token in the whole sequence; None: 0 ... s - 1
+    length: int | None = None  # tokens of a whole sequence; None: s
+    shares: Shares = Shares()
+    records: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
-    def prepare(self, name: Hashable, make: Callable[[], Tensor | tuple[Tensor, ...]]) -> None:
+    def record(self, name: str, layer: int, value: Tensor) -> None:
+        """Note a 0-d sum over this micro-batch; the engine adds over layers, micro-batches and ranks.
+
+        A recomputed block notes the same value again, which changes nothing.
+        """
+        self.records[name, layer] = value.detach()
+
+    def prepare(self, name: Hashable, make: Callable[[], Any]) -> None:
         """Compute a table once, before the blocks; blocks read it from `tables`."""
         if name not in self.tables:
             self.tables[name] = make()
@@ -44,8 +75,12 @@ class Mask(Protocol):
         ...
 
 
+def seen(mask: Mask, queries: Sequence | Places, keys: Sequence | Places) -> Tensor:
+    """Which keys each query sees, [b, s, t]: those of its document that the mask leaves visible."""
+    same = queries.documents[:, :, None] == keys.documents[:, None, :]
+    return same & mask.visible(queries.positions[:, :, None], keys.positions[:, None, :])
+
+
 def visible(mask: Mask, seq: Sequence) -> Tensor:
-    """The dense mask [b, 1, s, s]: same document and visible by the mask."""
-    pos, doc = seq.positions, seq.documents
-    same = doc[:, :, None] == doc[:, None, :]
-    return (same & mask.visible(pos[:, :, None], pos[:, None, :]))[:, None]
+    """The dense mask [b, 1, s, t] of the queries and keys that a core gets."""
+    return seen(mask, seq, seq.keys or seq)[:, None]

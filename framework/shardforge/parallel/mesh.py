@@ -1,15 +1,16 @@
-"""Layout to DeviceMesh, with a handle for each group of axes that a pass needs."""
+"""Layout to DeviceMesh: one root over all ranks, seen as dense axes, as expert axes, and as groups that passes need."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from shardforge.core.errors import LayoutError
-from shardforge.core.layout import Layout
+from shardforge.core.layout import AXES, EXPERT_AXES, Layout
 
 
 @dataclass(frozen=True)
@@ -17,20 +18,28 @@ class Mesh:
     """One rank's view of the mesh of a layout."""
 
     layout: Layout
-    whole: DeviceMesh
-    fsdp: DeviceMesh  # 1-D (dp_shard), or 2-D (dp_replicate, dp_shard) with replicas
-    data: ProcessGroup  # ranks that read different sequences
+    whole: DeviceMesh  # the dense axes
+    fsdp: DeviceMesh  # 1-D over dp_shard x cp, or 2-D (dp_replicate, dp_shard x cp) with replicas
+    expert: DeviceMesh  # 2-D (ep, etp)
+    expert_fsdp: DeviceMesh  # 1-D (efsdp), or 2-D (dp_replicate, efsdp) with replicas
+    data: ProcessGroup  # ranks of a stage with different tokens: dp_replicate x dp_shard x cp
+    sequence: ProcessGroup  # ranks of a stage that share each sequence: cp x tp
+    experts: ProcessGroup  # ranks that together hold all experts once: ep x etp
 
     @property
     def tp(self) -> DeviceMesh:
         return self.whole["tp"]
 
+    def group(self, axis: str) -> ProcessGroup:
+        """The ranks along an axis, dense or expert."""
+        return (self.whole if axis in AXES else self.expert).get_group(axis)
+
     def coordinate(self, axis: str) -> int:
-        return self.whole.get_local_rank(axis)
+        return (self.whole if axis in AXES else self.expert).get_local_rank(axis)
 
     @property
     def data_rank(self) -> int:
-        return self.coordinate("dp_replicate") * self.layout.dp_shard + self.coordinate("dp_shard")
+        return self.layout.data_rank(dist.get_rank())
 
 
 def build(layout: Layout, device_type: str) -> Mesh:
@@ -42,7 +51,23 @@ def build(layout: Layout, device_type: str) -> Mesh:
             f"start {layout.world_size} processes, or set parallel.dp_shard so that the product is "
             f"{dist.get_world_size()}",
         )
-    whole = init_device_mesh(device_type, layout.shape, mesh_dim_names=layout.axes)
-    data = whole["dp_replicate", "dp_shard"]._flatten("data").get_group()
-    fsdp = whole["dp_replicate", "dp_shard"] if layout.dp_replicate > 1 else whole["dp_shard"]
-    return Mesh(layout, whole, fsdp, data)
+    ranks = torch.tensor(layout.placed(), dtype=torch.int)
+    root = DeviceMesh(device_type, ranks, mesh_dim_names=("world",))
+    whole = root._unflatten(0, layout.shape, AXES)
+    sparse = root._unflatten(0, layout.expert_shape, EXPERT_AXES)
+    shards = whole["dp_shard", "cp"]._flatten("fsdp")
+    return Mesh(
+        layout,
+        whole,
+        fsdp=_replicated(whole, shards),
+        expert=sparse["ep", "etp"],
+        expert_fsdp=_replicated(sparse, sparse["efsdp"]),
+        data=whole["dp_replicate", "dp_shard", "cp"]._flatten("data").get_group(),
+        sequence=whole["cp", "tp"]._flatten("sequence").get_group(),
+        experts=sparse["ep", "etp"]._flatten("experts").get_group(),
+    )
+
+
+def _replicated(mesh: DeviceMesh, shards: DeviceMesh) -> DeviceMesh:
+    replicas = mesh["dp_replicate"]
+    return DeviceMesh._concatenate([replicas, shards]) if replicas.size() > 1 else shards

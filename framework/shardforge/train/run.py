@@ -112,7 +112,7 @@ def open_data(recipe: Recipe, world: World) -> Loader:
         recipe.train,
         recipe.seed,
         vocab=recipe.model.vocab,
-        data_rank=world.rank // recipe.parallel.tp,
+        data_rank=recipe.parallel.data_rank(world.rank),
         data_ranks=ranks,
     )
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -8,16 +9,19 @@ from hypothesis import strategies as st
 
 from shardforge.core.dims import Dim
 from shardforge.core.errors import LayoutError
-from shardforge.core.layout import RULES, Layout
+from shardforge.core.layout import EXPERT_AXES, RULES, Layout
 
 DEGREES = st.integers(1, 4)
-LAYOUTS = st.builds(Layout, dp_replicate=DEGREES, dp_shard=DEGREES, tp=DEGREES)
+SMALL = st.integers(1, 2)
+ORDERS = st.permutations(["pp", "rep", "dp", "cp", "tp"]).map("-".join)
+DENSE = st.builds(Layout, pp=SMALL, dp_replicate=SMALL, dp_shard=DEGREES, cp=SMALL, tp=DEGREES, order=ORDERS)
+LAYOUTS = st.one_of(DENSE, st.builds(Layout, dp_shard=st.just(6), tp=SMALL, cp=SMALL, ep=st.sampled_from([1, 2, 3, 6])))
 HIDDEN = Dim("hidden", 64)
 
 
 @given(LAYOUTS)
 def test_printed_layout_parses_back(layout: Layout):
-    assert Layout.parse(str(layout)) == layout
+    assert replace(Layout.parse(str(layout)), order=layout.order) == layout
 
 
 def test_one_process_prints_as_one():
@@ -66,7 +70,8 @@ def test_data_ranks_leave_tp_out():
 
 @pytest.mark.parametrize("name", RULES)
 def test_named_dims_are_split_over_their_axis(name: str):
-    assert Layout(tp=2).split((HIDDEN, Dim(name, 8))) == {RULES[name]: 1}
+    axis = RULES[name]
+    assert Layout(**{"dp_shard": 2, axis: 2}).split((HIDDEN, Dim(name, 8))) == {axis: 1}
 
 
 def test_axis_of_degree_one_splits_nothing():
@@ -79,9 +84,9 @@ def test_local_shape_splits_between_pieces():
 
 def test_indivisible_dim_names_both_numbers_and_the_nearest_layout():
     with pytest.raises(LayoutError) as caught:
-        Layout(dp_shard=2, tp=16).split((Dim("kv_heads", 8),))
+        Layout(dp_shard=2, tp=16).split((Dim("heads", 8),))
     assert str(caught.value) == (
-        "parallel.tp  kv_heads=8 cannot be split 16 ways over tp\n"
+        "parallel.tp  heads=8 cannot be split 16 ways over tp\n"
         "    fix: tp must divide 8; tp=8 keeps the same 32 ranks with dp_shard=4"
     )
 
@@ -91,3 +96,40 @@ def test_fitting_degree_divides_both_numbers_and_no_larger_one_does(layout: Layo
     found = layout.fitting("tp", count)
     common = [n for n in range(1, layout.tp + 1) if count % n == 0 and layout.tp % n == 0]
     assert found == common[-1]
+
+
+@given(LAYOUTS)
+def test_ranks_of_an_expert_axis_cover_each_rank_once(layout: Layout):
+    for axis in EXPERT_AXES:
+        groups = {layout.ranks(axis, rank) for rank in range(layout.world_size)}
+        assert sorted(rank for group in groups for rank in group) == list(range(layout.world_size))
+
+
+@given(LAYOUTS)
+def test_experts_stay_within_a_stage_and_a_replica(layout: Layout):
+    for rank in range(layout.world_size):
+        dense, sparse = layout.coordinates(rank), layout.expert_coordinates(rank)
+        assert all(dense[axis] == sparse[axis] for axis in ("pp", "dp_replicate"))
+
+
+def test_the_order_says_which_axis_has_neighbouring_ranks():
+    layout = Layout(dp_shard=2, tp=4, order="pp-rep-tp-cp-dp")
+    assert layout.ranks("dp_shard", of=0) == (0, 1)
+    assert layout.ranks("tp", of=0) == (0, 2, 4, 6)
+
+
+@pytest.mark.parametrize("order", ["", "tp-dp", "pp-rep-dp-cp-tp-ep", "pp rep dp cp tp"])
+def test_an_order_that_is_not_all_axes_is_refused(order: str):
+    with pytest.raises(LayoutError, match="write all of pp-rep-dp-cp-tp"):
+        Layout(order=order)
+
+
+def test_experts_must_fit_the_ranks_of_a_stage():
+    with pytest.raises(LayoutError, match=r"ep=3 x etp=1 must divide the 4 ranks(.|\n)*ep=2 works"):
+        Layout(dp_shard=4, ep=3)
+
+
+def test_fewer_kv_heads_than_ranks_stay_whole_where_they_divide():
+    assert Layout(tp=4).split((Dim("kv_heads", 2),)) == {}
+    with pytest.raises(LayoutError, match="kv_heads=3 cannot be split 4 ways"):
+        Layout(tp=4).split((Dim("kv_heads", 3),))

@@ -9,6 +9,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from shardforge.core.layout import Layout
 from shardforge.engine import passes
+from shardforge.engine.kinds.native import NativeConfig
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def apply(layout: Layout, policy: MixedPrecisionPolicy) -> None:
     here = SimpleNamespace(layout=layout)
-    passes.apply(nn.Module(), here, policy, recomputed="none", compiled=False, resharded=True)
+    passes.apply(nn.Module(), here, policy, NativeConfig())
 
 
 @pytest.mark.parametrize("layout", [Layout(dp_shard=2), Layout(tp=2), Layout(dp_replicate=2)], ids=str)

@@ -8,6 +8,7 @@ Cost: none beside the collectives.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -26,7 +27,27 @@ class NativeConfig:
         "none", "none keeps all activations; full keeps a block's input; selective keeps matmuls and attention"
     )
     compiled: bool = option(False, "torch.compile each block")
-    resharded: bool = option(True, "free gathered weights between forward and backward (ZeRO-3); false is ZeRO-2")
+    zero: Literal[1, 2, 3] = option(
+        3,
+        "what dp_shard ranks do not keep whole: 1 the optimizer states; 2 also gradients; 3 also weights between the "
+        "forward and the backward pass",
+    )
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev"] = option(
+        "1f1b", "order of forward and backward passes of the micro-batches over the stages of a pipeline"
+    )
+    stages: str | None = option(
+        None, "layers of each pipeline stage in order, like '3 | 4 x 6 | 3'; empty balances their cost"
+    )
+    context: Literal["auto", "gather", "ring", "ulysses"] = option(
+        "auto", "how attention reaches the positions of other cp ranks; auto decides layer by layer"
+    )
+    dispatch: Literal["auto", "gather", "exchange", "two_hop", "deepep"] = option(
+        "auto", "how tokens reach the ranks of their experts"
+    )
+    overlap: bool = option(False, "run the gathers and sums of tp in pieces beside the matmuls that need them")
+    offload: tuple[Literal["optimizer", "activations"], ...] = option(
+        (), "what waits in the memory of the CPU while the device does not need it"
+    )
 
     def __post_init__(self) -> None:
         if self.compiled and self.recompute == "selective":

@@ -19,6 +19,7 @@ from shardforge.model.context import BuildContext
 from shardforge.nn.fused import gated
 from shardforge.nn.linear import Linear
 from shardforge.nn.module import Module
+from shardforge.nn.sequence import Sequence
 
 
 @ffns.register("glu")
@@ -43,5 +44,5 @@ class GLU(Module):
         self.up = Linear(h, f, ctx.into(h), cfg.bias)
         self.down = Linear(f, h, ctx.out_of(f), cfg.bias)
 
-    def forward(self, x: Tensor) -> Tensor:  # [b, s, h] -> [b, s, h]
+    def forward(self, x: Tensor, seq: Sequence) -> Tensor:  # [b, s, h] -> [b, s, h]
         return self.down(gated(self.gate(x), self.up(x), self.curve))

@@ -18,6 +18,7 @@ from shardforge.model.activations import CURVES, Activation
 from shardforge.model.context import BuildContext
 from shardforge.nn.linear import Linear
 from shardforge.nn.module import Module
+from shardforge.nn.sequence import Sequence
 
 
 @ffns.register("mlp")
@@ -41,5 +42,5 @@ class MLP(Module):
         self.up = Linear(h, f, ctx.into(h), cfg.bias)
         self.down = Linear(f, h, ctx.out_of(f), cfg.bias)
 
-    def forward(self, x: Tensor) -> Tensor:  # [b, s, h] -> [b, s, h]
+    def forward(self, x: Tensor, seq: Sequence) -> Tensor:  # [b, s, h] -> [b, s, h]
         return self.down(self.curve(self.up(x)))
