@@ -68,8 +68,8 @@ def test_compiled_blocks_equal_eager_ones(ranks, alone, axis, layout):
 def test_a_layout_that_cannot_split_the_heads_is_refused_with_one_that_can(ranks):
     from tests.ranks import RankFailure
 
-    with pytest.raises(RankFailure, match=r"kv_heads=2 cannot be split 4 ways over tp(.|\n)*tp=2 keeps the same 4"):
-        ranks(4).run(two_steps, Layout(tp=4), {"mixer": GQA | {"kv_heads": 2}})
+    with pytest.raises(RankFailure, match=r"kv_heads=6 cannot be split 4 ways over tp(.|\n)*tp=2 keeps the same 4"):
+        ranks(4).run(two_steps, Layout(tp=4), {"mixer": GQA | {"heads": 12, "kv_heads": 6}})
 
 
 def test_selective_recompute_of_compiled_blocks_is_refused():

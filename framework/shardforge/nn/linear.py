@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -11,7 +13,12 @@ from shardforge.nn.module import Init, Module, local
 
 
 class Linear(Module):
-    """y = x W^T + bias. `once` is 0 on all ranks but the first where y is a partial sum over ranks."""
+    """y = x W^T + bias.
+
+    `once` is 0 on all ranks but the first where y is a partial sum over ranks. `rows` are those of the weight and the
+    bias that this rank works with, None for all it has. `product(x, weight, bias)` is the matmul, or one that
+    communicates beside it (nn.overlap).
+    """
 
     def __init__(self, inp: Dim, out: Dim, init: Init, bias: bool = False):
         super().__init__()
@@ -20,12 +27,15 @@ class Linear(Module):
             self.declare("bias", out, init=zeros)
         self.biased = bias
         self.once = 1.0
+        self.rows: slice | None = None
+        self.product: Callable[..., Tensor] = F.linear
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+        weight = local(self.weight, self.rows)
         if not self.biased:
-            return F.linear(x, local(self.weight))
-        bias = local(self.bias)
-        return F.linear(x, local(self.weight), bias if self.once == 1.0 else bias * self.once)
+            return self.product(x, weight)
+        bias = local(self.bias, self.rows)
+        return self.product(x, weight, bias if self.once == 1.0 else bias * self.once)
 
 
 class Table(Module):

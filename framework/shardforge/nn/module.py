@@ -17,10 +17,17 @@ Init = Callable[[int, Tensor, torch.dtype], Tensor]
 
 
 class Module(nn.Module):
-    """A module whose weights are declared. `boundary` is what the tensor pass does around it when it fills a slot:
-    "gather" hands it the whole sequence and takes a partial sum, "local" leaves it its own positions."""
+    """A module whose weights are declared.
+
+    `boundary` is what the tensor pass does around it when it fills a slot: "gather" hands it the whole sequence and
+    takes a partial sum, "local" leaves it its own positions. A module whose input is read by some of its Linears and
+    by nothing else names them in `enters`, and the one whose result is its own result in `leaves`: these matmuls can
+    run beside the collectives.
+    """
 
     boundary: ClassVar[Literal["gather", "local"]] = "gather"
+    enters: tuple[str, ...] = ()
+    leaves: str | None = None
     slot: str = ""  # the tag by which passes find it: "block", "mixer", "ffn", ...
 
     def declare(self, name: str, *dims: Dim, init: Init) -> None:
@@ -66,13 +73,13 @@ def tagged(model: nn.Module, slot: str) -> Iterator[Module]:
             yield module
 
 
-def local(weight: Tensor) -> Tensor:
-    """This rank's piece of a weight, for compute.
+def local(weight: Tensor, rows: slice | None = None) -> Tensor:
+    """This rank's piece of a weight, for compute; `rows` of it where the rank holds more than it works with.
 
     Every rank of a tp group works on different positions or different heads, so the gradient of a weight that is
     whole on each rank is only a part of the sum.
     """
-    if not isinstance(weight, DTensor):
-        return weight
-    grads = tuple(Partial() if place.is_replicate() else place for place in weight.placements)
-    return weight.to_local(grad_placements=grads)
+    if isinstance(weight, DTensor):
+        grads = tuple(Partial() if place.is_replicate() else place for place in weight.placements)
+        weight = weight.to_local(grad_placements=grads)
+    return weight if rows is None else weight[rows]

@@ -2,14 +2,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 import tests.equivalence.cases  # noqa: F401 - one mesh a layout for the life of a pool
+from shardforge.core.dims import Dim
 from shardforge.core.errors import LayoutError
 from shardforge.core.layout import Layout
 from shardforge.model.build import build
-from shardforge.nn.module import tagged
+from shardforge.nn.init import ones
+from shardforge.nn.linear import Linear
+from shardforge.nn.module import Module, declared, tagged
 from shardforge.parallel import mesh, tensor
 from tests.tiny import GLU, GQA, VOCAB, tiny
 
@@ -72,10 +76,43 @@ def untouched() -> int:
 
 def refused(kv_heads: int) -> str:
     try:
-        built(TP2, mixer=GQA | {"kv_heads": kv_heads})
+        built(TP2, mixer=GQA | {"heads": 6, "kv_heads": kv_heads})
     except LayoutError as error:
         return str(error)
     return ""
+
+
+class Whole(Module):
+    """A module that knows nothing of rows."""
+
+    def __init__(self, *dims: Dim):
+        super().__init__()
+        self.declare("weight", *dims, init=ones)
+
+
+def repeated(kv_heads: int) -> dict[str, object]:
+    """What a rank holds and works with where it shares a head with others; the sum of one from each rank."""
+    mixer = GQA | {"kv_heads": kv_heads, "bias": "qkv", "qk_norm": "rmsnorm", "qk_norm_over": "all"}
+    block = built(Layout(tp=4), mixer=mixer)[0].blocks["0"].mixer
+    one = torch.ones((), dtype=torch.float64)
+    return {
+        "whole": all(
+            weight.placements[0].is_replicate() for part in (block.k, block.v) for weight in part.parameters()
+        ),
+        "rows": {(part.rows.start, part.rows.stop) for part in (block.k, block.v, block.k_norm)},
+        "queries": (block.q.rows, block.q_norm.rows),
+        "heads counted": block.k_norm.total(one).item(),
+    }
+
+
+def communicating() -> dict[str, bool]:
+    """Name of each linear -> whether its matmul runs beside a collective; and the hooks that are left."""
+    recipe = tiny(layout=TP2, model={"stack": ["one"]})
+    model = build(recipe.model, recipe.objective.build(), torch.float64)
+    tensor.apply(model, mesh.build(TP2, "cpu"), overlap=True)
+    parts = {name: part for name, part in model.named_modules() if isinstance(part, Linear)}
+    after = sum(len(part._forward_hooks) for part in model.blocks.modules())
+    return {name: part.product is not F.linear for name, part in parts.items()} | {"a second sum": after > 0}
 
 
 def test_weights_are_split_where_the_names_of_their_dims_say(ranks):
@@ -110,12 +147,47 @@ def test_without_tp_the_model_stays_as_it_is(ranks):
     assert ranks(2).run(untouched) == [0, 0]
 
 
-def test_heads_that_cannot_be_split_are_refused_with_a_degree_that_can(ranks):
-    (message, same) = ranks(2).run(refused, 1)
-    assert message == same
-    assert "kv_heads=1 cannot be split 2 ways over tp" in message and "tp=1 keeps the same 2 ranks" in message
-
-
-@pytest.mark.parametrize("kv_heads", [2, 4])
-def test_heads_that_can_be_split_are_not_refused(ranks, kv_heads):
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_heads_that_can_be_split_or_shared_are_not_refused(ranks, kv_heads):
     assert ranks(2).run(refused, kv_heads) == ["", ""]
+
+
+def test_heads_that_cannot_be_split_or_shared_are_refused_with_a_degree_that_can(ranks):
+    (message, same) = ranks(2).run(refused, 3)
+    assert message == same
+    assert "kv_heads=3 cannot be split 2 ways over tp" in message and "tp=1 keeps the same 2 ranks" in message
+
+
+def test_fewer_heads_than_ranks_that_do_not_divide_them_are_refused_with_both_numbers():
+    with pytest.raises(LayoutError, match="kv_heads=2 cannot be split 3 ways over tp"):
+        Layout(tp=3).split((Dim("kv_heads", 2, 4), Dim("hidden", 8)))
+
+
+@pytest.mark.parametrize(("kv_heads", "first"), [(1, [0, 0, 0, 0]), (2, [0, 0, 4, 4])])
+def test_ranks_that_share_a_head_hold_all_and_work_on_one(ranks, kv_heads, first):
+    expected = {"whole": True, "queries": (None, None), "heads counted": kv_heads}
+    assert ranks(4).run(repeated, kv_heads) == [expected | {"rows": {(row, row + 4)}} for row in first]
+
+
+@pytest.mark.parametrize(("kv_heads", "tp"), [(1, 2), (1, 8), (2, 8), (4, 8), (3, 6)])
+def test_a_rank_works_on_the_head_that_its_query_heads_read(kv_heads, tp):
+    heads, width = 24, 5
+    (item,) = declared(Linear(Dim("hidden", 8), Dim("kv_heads", kv_heads, width), ones))
+    for part in range(tp):
+        tensor.share(item, Layout(tp=tp), None, part)
+        mine = range(part * heads // tp, (part + 1) * heads // tp)
+        (read,) = {i * kv_heads // heads for i in mine}
+        assert item.module.rows == slice(read * width, (read + 1) * width)
+
+
+@pytest.mark.parametrize("dims", [(Dim("kv_heads", 2, 4),), (Dim("hidden", 8), Dim("kv_heads", 2, 4))])
+def test_a_weight_that_cannot_be_read_in_part_is_refused_by_name(dims):
+    (item,) = declared(Whole(*dims))
+    with pytest.raises(LayoutError, match=r"weight \(.*kv_heads=2\*4\) has fewer heads than tp=4, and Whole reads it"):
+        tensor.share(item, Layout(tp=4), None, 0)
+
+
+def test_overlap_replaces_the_collectives_around_the_blocks_by_those_beside_the_matmuls(ranks):
+    names = [f"blocks.0.mixer.{name}" for name in ("q", "k", "v", "out")]
+    names += [f"blocks.0.ffn.{name}" for name in ("gate", "up", "down")]
+    assert ranks(2).run(communicating) == [dict.fromkeys(names, True) | {"a second sum": False}] * 2

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from shardforge.core.errors import EngineError
@@ -34,7 +35,7 @@ class Flash(AttentionCore):
         self.attend = attend
 
     def prepare(self, seq: Sequence) -> None:
-        seq.prepare("flash", lambda: document_starts(seq.documents))
+        seq.prepare("flash", lambda: runs(seq))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence) -> Tensor:
         if q.is_cuda and q.dtype not in (torch.float16, torch.bfloat16):
@@ -43,19 +44,58 @@ class Flash(AttentionCore):
                 "model.core",
                 "precision.compute: bf16, or model.core: flex",
             )
-        starts, longest = seq.tables["flash"]
+        table: Runs = seq.tables["flash"]
         reach = -1 if self.mask.window is None else self.mask.window - 1  # the package counts keys before the query
+        width = v.shape[-1]
+        q, k, v = equally_wide(*(x.flatten(0, 1) for x in (q, k, v)))
+        if table.kept is not None:
+            k, v = k.index_select(0, table.kept), v.index_select(0, table.kept)
         y = self.attend(
-            *(x.flatten(0, 1) for x in (q, k, v)),
-            starts,
-            starts,
-            longest,
-            longest,
+            q,
+            k,
+            v,
+            table.q_starts,
+            table.k_starts,
+            table.q_longest,
+            table.k_longest,
             softmax_scale=self.scale,
-            causal=True,
+            causal=True,  # where there are more keys than queries, the last query sees the last key
             window_size=(reach, 0),
         )
-        return y.unflatten(0, q.shape[:2])
+        return y[..., :width].unflatten(0, seq.documents.shape)
+
+
+def equally_wide(*heads: Tensor) -> list[Tensor]:
+    """Zeros behind the narrower ones, because the package wants one width; they add nothing to scores or values."""
+    width = max(x.shape[-1] for x in heads)
+    return [x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in heads]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Documents laid end to end over all rows: cumulative lengths [documents + 1] int32, and the longest length."""
+
+    q_starts: Tensor
+    k_starts: Tensor
+    q_longest: int
+    k_longest: int
+    kept: Tensor | None = None  # rows of the flattened keys that belong to a document of the queries; None: all
+
+
+def runs(seq: Sequence) -> Runs:
+    """Each document is a sequence of its own. Keys, where they are not the queries' own tokens, end where those end."""
+    starts, longest = document_starts(seq.documents)
+    if seq.keys is None:
+        return Runs(starts, starts, longest, longest)
+    documents = seq.keys.documents
+    first = (documents == seq.documents[:, :1]).int().argmax(1)  # earlier keys are of documents without a query
+    kept = torch.arange(documents.shape[1], device=documents.device) >= first[:, None]
+    row = torch.arange(len(documents), device=documents.device)[:, None]
+    names = torch.stack([row.expand_as(documents), documents], -1)[kept]  # [t, 2]
+    changes = (names[1:] != names[:-1]).any(-1).nonzero().flatten() + 1
+    k_starts = torch.cat([changes.new_zeros(1), changes, changes.new_tensor([len(names)])])
+    index = None if bool(kept.all()) else kept.flatten().nonzero().flatten()
+    return Runs(starts, k_starts.int(), longest, int(k_starts.diff().max()), index)
 
 
 def document_starts(documents: Tensor) -> tuple[Tensor, int]:

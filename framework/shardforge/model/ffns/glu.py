@@ -35,6 +35,7 @@ class GLUConfig:
 
 class GLU(Module):
     slot = "ffn"
+    enters, leaves = ("gate", "up"), "down"
 
     def __init__(self, cfg: GLUConfig, ctx: BuildContext):
         super().__init__()

@@ -34,6 +34,7 @@ class MLPConfig:
 
 class MLP(Module):
     slot = "ffn"
+    enters, leaves = ("up",), "down"
 
     def __init__(self, cfg: MLPConfig, ctx: BuildContext):
         super().__init__()

@@ -32,7 +32,8 @@ class LayerNormConfig:
 
 
 class LayerNorm(Module):
-    """`total` sums moments over the ranks that share the normalized dimension; None when one rank has it all."""
+    """`total` sums moments over the ranks that share the normalized dimension; None when one rank has it all.
+    `rows` are those of the weight that this rank works with, None for all it has."""
 
     def __init__(self, cfg: LayerNormConfig, dim: Dim):
         super().__init__()
@@ -42,10 +43,11 @@ class LayerNorm(Module):
         if cfg.bias:
             self.declare("bias", dim, init=zeros)
         self.total: Callable[[Tensor], Tensor] | None = None
+        self.rows: slice | None = None
 
     def forward(self, x: Tensor) -> Tensor:  # [..., d] -> [..., d]
-        weight = local(self.weight)
-        bias = local(self.bias) if self.biased else None
+        weight = local(self.weight, self.rows)
+        bias = local(self.bias, self.rows) if self.biased else None
         if self.total is None:
             return F.layer_norm(x, (x.shape[-1],), weight, bias, self.eps)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))

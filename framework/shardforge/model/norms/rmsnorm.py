@@ -32,16 +32,18 @@ class RMSNormConfig:
 
 
 class RMSNorm(Module):
-    """`total` sums the squares over the ranks that share the normalized dimension; None when one rank has it all."""
+    """`total` sums the squares over the ranks that share the normalized dimension; None when one rank has it all.
+    `rows` are those of the weight that this rank works with, None for all it has."""
 
     def __init__(self, cfg: RMSNormConfig, dim: Dim):
         super().__init__()
         self.eps, self.offset, self.size = cfg.eps, cfg.offset, dim.size
         self.declare("weight", dim, init=constant(1.0 - cfg.offset))
         self.total: Callable[[Tensor], Tensor] | None = None
+        self.rows: slice | None = None
 
     def forward(self, x: Tensor) -> Tensor:  # [..., d] -> [..., d]
-        weight = local(self.weight)
+        weight = local(self.weight, self.rows)
         if self.offset:
             weight = weight + self.offset
         if self.total is None:
