@@ -209,7 +209,59 @@ def gpt2() -> Published:
     )
 
 
-PUBLISHED = {"llama": llama, "qwen3": qwen3, "olmo2": olmo2, "gemma3": gemma3, "gpt2": gpt2}
+LATENT = {"q_lora_rank": 12, "kv_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
+LATENT_ROLES = {
+    "self_attn.q_a_proj": "mixer.q_down",
+    "self_attn.q_a_layernorm": "mixer.q_norm",
+    "self_attn.q_b_proj": "mixer.q",
+    "self_attn.kv_a_proj_with_mqa": "mixer.kv_down",
+    "self_attn.kv_a_layernorm": "mixer.kv_norm",
+    "self_attn.kv_b_proj": "mixer.kv_up",
+}
+
+
+def deepseek_split(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """They turn the channel pairs (2i, 2i + 1), we (i, i + width/2); the same for gradients."""
+    width = LATENT["qk_rope_head_dim"]
+
+    def reordered(value: Tensor, heads: int) -> Tensor:
+        plain, turning = value.unflatten(0, (heads, -1)).tensor_split([-width], 1)
+        return torch.cat([plain, turning[:, 0::2], turning[:, 1::2]], 1).flatten(0, 1)
+
+    heads = {"q_proj": N, "q_b_proj": N, "kv_a_proj_with_mqa": 1}
+    return {
+        name: reordered(value, heads[name.split(".")[-2]]) if name.split(".")[-2] in heads else value
+        for name, value in state.items()
+    }
+
+
+def deepseek(config: str, queries: dict[str, Any]) -> Callable[[], Published]:
+    """Dense layers with latent attention; their norms on latents have an eps of their own."""
+
+    def published() -> Published:
+        import transformers
+
+        shared = SHARED | LATENT | queries | {"num_key_value_heads": N, "first_k_dense_replace": L}
+        attention = {"kind": "mla", "heads": N, "norm": {"kind": "rmsnorm", "eps": 1e-6}} | LATENT | queries
+        return Published(
+            lambda: getattr(transformers, config)(**shared),
+            model([attention] * L, GLU, {"kind": "pre", "norm": NORM}),
+            llama_names(PRE | LATENT_ROLES),
+            split=deepseek_split,
+        )
+
+    return published
+
+
+PUBLISHED = {
+    "llama": llama,
+    "qwen3": qwen3,
+    "olmo2": olmo2,
+    "gemma3": gemma3,
+    "gpt2": gpt2,
+    "deepseek-v2-lite": deepseek("DeepseekV2Config", {"q_lora_rank": None}),
+    "deepseek-v3": deepseek("DeepseekV3Config", {}),
+}
 
 
 def random_weights(theirs: torch.nn.Module) -> None:

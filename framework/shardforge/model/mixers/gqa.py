@@ -49,6 +49,7 @@ class GQAConfig:
 
 class GQA(Module):
     slot = "mixer"
+    enters, leaves = ("q", "k", "v"), "out"
 
     def __init__(self, cfg: GQAConfig, ctx: BuildContext):
         super().__init__()
