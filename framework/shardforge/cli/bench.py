@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-HELP = "measure the loader or a training step on this machine"
+HELP = "measure the loader, a training step, a layout or a pipeline on this machine"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,14 +16,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="sets", help="change a field")
     step.add_argument("--pairs", type=int, default=10, help="timed pairs of steps (default: 10)")
     step.add_argument("--threads", type=int, help="torch threads (default: all cores)")
+    parallel = parts.add_parser("parallel", help="a step on two local ranks, beside the same one written by hand")
+    parallel.add_argument("layouts", nargs="*", metavar="LAYOUT", help="tp2, dp2, pp2, dp2-ep2 (default: all)")
+    parallel.add_argument("--pairs", type=int, default=20, help="timed pairs of steps (default: 20)")
+    parallel.add_argument("--peer", action="store_true", help="also OLMo-core, where it is installed (tp2, dp2)")
+    bubble = parts.add_parser("bubble", help="waiting in every pipeline schedule on gloo, beside its formula")
+    bubble.add_argument("--pp", type=int, default=4, help="stages' ranks (default: 4)")
+    bubble.add_argument("--micro-batches", type=int, default=8, help="micro-batches of a step (default: 8)")
+    bubble.add_argument("--ms", type=float, default=60.0, help="milliseconds of each F, I and W (default: 60)")
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.subject == "data":
-        from shardforge.bench import data
+    {"data": _data, "step": _step, "parallel": _parallel, "bubble": _bubble}[args.subject](args)
+    return 0
 
-        data.run(sys.stdout)
-        return 0
+
+def _data(args: argparse.Namespace) -> None:
+    from shardforge.bench import data
+
+    data.run(sys.stdout)
+
+
+def _step(args: argparse.Namespace) -> None:
     import torch
 
     from shardforge.bench import step
@@ -35,4 +49,17 @@ def run(args: argparse.Namespace) -> int:
     print(f"weights: ours {found.weights:,}, transformers {found.peer_weights:,}")
     print(f"tokens/s: ours {found.ours:,.0f}, transformers {found.peer:,.0f}")
     print(f"ratio {found.ratio:.2f} of the fastest steps, {found.median:.2f} in the median pair")
-    return 0
+
+
+def _parallel(args: argparse.Namespace) -> None:
+    from shardforge.bench import parallel
+
+    parallel.run(args.layouts or list(parallel.KNOWN), parallel.Shape(), args.pairs, print, peer=args.peer)
+
+
+def _bubble(args: argparse.Namespace) -> None:
+    from shardforge.bench import bubble
+    from shardforge.plan.simulate import Cost
+
+    one = args.ms / 1000
+    bubble.run(args.pp, args.micro_batches, Cost(one, one, one), print)
