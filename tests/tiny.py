@@ -47,7 +47,7 @@ def mapping(**changes: Any) -> dict[str, Any]:
 def tiny(*, layout: Layout | None = None, **changes: Any) -> Recipe:
     recipe = mapping(**changes)
     if layout is not None:
-        recipe["parallel"] = {axis: degree for axis, degree in zip(layout.axes, layout.shape, strict=True)}
+        recipe["parallel"] = layout.degrees() | {"order": layout.order}
     return from_mapping(recipe).recipe
 
 

@@ -10,7 +10,11 @@ from shardforge.core.options import REQUIRED
 from shardforge.core.slots import Slot
 from tests.tiny import GLU, GQA
 
+MOE = {"kind": "moe", "experts": 4, "k": 2, "inner": 24}
+
 VALUES: dict[str, Any] = {"heads": 4, "kv_heads": 4, "head_dim": 4, "inner": 24, "size": 5, "length": 16, "lr": 0.01}
+VALUES |= {"kv_lora_rank": 6, "qk_nope_head_dim": 3, "qk_rope_head_dim": 2, "v_head_dim": 5}
+VALUES |= {"experts": 4, "k": 2}
 """What a required field of a kind is in a tiny model, by its name."""
 
 
@@ -36,6 +40,8 @@ def variants() -> dict[str, dict[str, Any]]:
         out[f"residual-norm-{each}"] = {"residual": {"kind": "pre", "norm": kind(slots.norms, each)}}
         for over in ("head", "all"):
             out[f"qk-norm-{over}-{each}"] = {"mixer": GQA | {"qk_norm": kind(slots.norms, each), "qk_norm_over": over}}
+    for each in slots.routers.kinds():
+        out[f"router-{each}"] = {"ffn": MOE | {"router": kind(slots.routers, each)}}
     for each in slots.objectives.kinds():
         out[f"objective-{each}"] = {"objective": kind(slots.objectives, each)}
     return out
@@ -53,6 +59,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "objective": {"kind": "next_token", "z_loss": 0.1},
         "model": {"head": {"kind": "softcap", "cap": 5.0}},
     },
+    "moe-shared-limited": {"ffn": MOE | {"shared": GLU, "capacity": 1.0, "balance": 0.1, "z_loss": 0.01}},
+    "moe-sigmoid-raw": {"ffn": MOE | {"router": {"kind": "sigmoid", "over": "none", "scale": 2.5}, "balance": 0.1}},
     "dropout": {"residual": {"kind": "pre", "dropout": 0.3}, "model": {"dropout": 0.2}},
     "eager-core": {"model": {"core": "eager"}},
     "two-blocks": {

@@ -17,15 +17,16 @@ LEVELS = (
     ("recipe",),
     ("nn",),
     ("model", "parallel", "objective", "optim", "precision", "checkpoint", "data", "observe"),
-    ("engine", "plan", "families"),
-    ("train", "launch", "convert", "evals", "bench"),
+    ("engine", "families"),
+    ("plan",),
+    ("train", "launch", "convert", "evals", "bench", "verify"),
     ("cli",),
 )
 LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 # What an extra brings, or only some machines have: never imported just because a file of ours is.
 OPTIONAL = frozenset(
     {
-        *("datasets", "deepspeed", "flash_attn", "megatron", "pyarrow", "tensorboard"),
+        *("datasets", "deep_ep", "deepspeed", "flash_attn", "megatron", "pyarrow", "tensorboard"),
         *("transformer_engine", "transformers", "triton", "wandb", "zstandard"),
     }
 )

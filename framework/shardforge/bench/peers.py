@@ -53,7 +53,7 @@ class OlmoCore:
     def step(self, batch: Batch) -> float:
         count = scored(batch, self.group)
         out = self.model(batch.tokens, labels=batch.labels, loss_reduction="sum", loss_div_factor=count)
-        loss = out.loss.to_local() if isinstance(out.loss, DTensor) else out.loss
+        loss = out.loss.full_tensor() if isinstance(out.loss, DTensor) else out.loss
         out.loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()

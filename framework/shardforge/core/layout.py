@@ -24,7 +24,7 @@ AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """Axes of the dense weights; their product is the number of ranks."""
 
 EXPERT_AXES = ("pp", "dp_replicate", "efsdp", "ep", "etp")
-"""Axes of the expert weights over the same ranks: within a stage and a replica, ep x etp ranks hold all experts once."""
+"""Axes of the expert weights over the same ranks: in a stage and a replica, ep x etp ranks hold all experts once."""
 
 SHORT = {"pp": "pp", "dp_replicate": "rep", "dp_shard": "dp", "cp": "cp", "tp": "tp", "ep": "ep", "etp": "etp"}
 REPEATED = ("kv_heads",)
@@ -42,7 +42,7 @@ class Layout:
     tp: int = option(1, "ranks that split heads, ffn and vocabulary, and the sequence between them", at_least=1)
     ep: int = option(1, "ranks that share the experts, out of dp_shard x cp x tp", at_least=1)
     etp: int = option(1, "ranks that split each expert, out of dp_shard x cp x tp", at_least=1)
-    order: str = option("pp-rep-dp-cp-tp", "axes from the outermost to the innermost; ranks of the last are neighbours")
+    order: str = option("pp-rep-dp-cp-tp", "axes from the outermost in; ranks that differ in the last are neighbours")
 
     def __post_init__(self) -> None:
         if sorted(self.order.split("-")) != sorted(SHORT[axis] for axis in AXES):

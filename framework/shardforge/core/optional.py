@@ -17,8 +17,11 @@ def installed(module: str) -> bool:
         return False
 
 
-def require(module: str, *, for_: str, extra: str, field: str = "") -> ModuleType:
-    """Import `module`, or say which extra of ShardForge brings it. `for_` is the feature, `field` what asked for it."""
+def require(module: str, *, for_: str, extra: str = "", field: str = "", fix: str = "") -> ModuleType:
+    """Import `module`, or say which extra of ShardForge brings it, or how else to get it (`fix`).
+
+    `for_` is the feature, `field` what asked for it.
+    """
     try:
         return importlib.import_module(module)
     except Exception as cause:  # some packages raise RuntimeError or OSError when half installed
@@ -26,5 +29,5 @@ def require(module: str, *, for_: str, extra: str, field: str = "") -> ModuleTyp
         raise LaunchError(
             f"{for_} needs the package {package}, which cannot be imported here ({type(cause).__name__}: {cause})",
             field,
-            f"pip install 'shardforge[{extra}]'",
+            fix or f"pip install 'shardforge[{extra}]'",
         ) from cause

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from shardforge.nn.module import Module
@@ -12,6 +14,10 @@ class AttentionCore(Module):
     """softmax(scale * q k^T, over visible keys) v; query head i reads key head i * m // n. Kinds differ in speed."""
 
     slot = "core"
+    exchanges: ClassVar[tuple[str, ...]] = ("gather", "ring", "ulysses")
+    """What may bring together queries and keys of a sequence that several ranks share. "gather" hands the core keys
+    from before its queries, in order (`Sequence.keys`); "ulysses" hands it the whole sequence of some heads; "ring"
+    computes softmax(scale * q k^T) v in the core's place, so a kind that computes anything else must leave it out."""
 
     def __init__(self, mask: Mask, scale: float):
         super().__init__()
@@ -22,5 +28,5 @@ class AttentionCore(Module):
         seq.prepare(self.mask, lambda: visible(self.mask, seq))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence) -> Tensor:
-        """q [b, s, n, d], k [b, s, m, d], v [b, s, m, e] -> [b, s, n, e]."""
+        """q [b, s, n, d], k [b, t, m, d], v [b, t, m, e] -> [b, s, n, e]; t = s unless `seq.keys` says otherwise."""
         raise NotImplementedError

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import Tensor, nn
 
 from shardforge.core.dims import Dim
@@ -17,6 +19,7 @@ class Decoder(nn.Module):
 
     def __init__(self, cfg: ModelConfig, objective: nn.Module):
         super().__init__()
+        self.width = cfg.hidden  # of the stream
         ctx = BuildContext(Dim("hidden", cfg.hidden), Dim("vocab", cfg.vocab), len(cfg.layers), cfg.init, cfg.core)
         self.embed = cfg.embedding.build(ctx)
         self.dropout = Dropout(cfg.dropout, "embed")
@@ -40,3 +43,14 @@ class Decoder(nn.Module):
             return x
         x = self.norm(x)
         return self.head(x) if labels is None else self.objective(x, self.head, labels)
+
+    def part(self, layers: Collection[int], *, first: bool, last: bool) -> Decoder:
+        """A decoder of some of these modules, shared with this one: the blocks of `layers`, the embedding of the
+        `first` stage of a pipeline, and norm, head and objective of the `last`."""
+        out = Decoder.__new__(Decoder)
+        nn.Module.__init__(out)
+        out.width = self.width
+        out.embed, out.dropout = self.embed if first else None, self.dropout
+        out.blocks = nn.ModuleDict({name: block for name, block in self.blocks.items() if int(name) in layers})
+        out.norm, out.head, out.objective = (self.norm, self.head, self.objective) if last else (None, None, None)
+        return out

@@ -16,8 +16,10 @@ def weights(model: nn.Module) -> int:
 
 
 def matmul_weights(model: nn.Module) -> int:
-    """Weights that meet every token in a matrix product: matrices, and the head's table even when it is tied."""
+    """Weights that meet a token in a matrix product: matrices, of experts those of the chosen ones, and the head's
+    table even when it is tied."""
     inside = sum(item.count for item in declared(model) if isinstance(item.module, Linear) and _is_matrix(item))
+    inside += sum(_met(item, module.chosen) for module in tagged(model, "experts") for item in declared(module))
     return inside + sum(_head_size(head, model) for head in tagged(model, "head"))
 
 
@@ -40,6 +42,12 @@ def step_flops(model: nn.Module, length: int) -> float:
 
 def _is_matrix(item: Declared) -> bool:
     return item.name == "weight" and role(item.dims) == "matrix"
+
+
+def _met(item: Declared, chosen: int) -> int:
+    """Of a weight over experts, what the `chosen` of one token hold; vectors meet no product."""
+    experts, *rest = item.dims
+    return item.count // experts.size * chosen if role(tuple(rest)) == "matrix" else 0
 
 
 def _head_size(head: nn.Module, model: nn.Module) -> int:

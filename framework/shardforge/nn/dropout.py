@@ -13,7 +13,7 @@ from shardforge.nn.sequence import Sequence
 class Dropout(Module):
     """Zeroes a share `rate` of [b, s, h] and scales the rest by 1 / (1 - rate); nothing when `seq.key` is None.
 
-    `part` of `parts` says which slice of the sequence x holds when positions are split over ranks.
+    `part` of `parts` says which slice of the tokens of `seq` x holds, when tp ranks share them between slots.
     """
 
     slot = "dropout"
@@ -27,7 +27,12 @@ class Dropout(Module):
         if self.rate == 0.0 or seq.key is None:
             return x
         width, local = x.shape[2], x.shape[1]
-        token = seq.rows[:, None] * (local * self.parts) + torch.arange(local, device=x.device) + self.part * local
+        first = self.part * local
+        if seq.index is None:
+            place = torch.arange(first, first + local, device=x.device)
+        else:
+            place = seq.index[first : first + local]
+        token = seq.rows[:, None] * (seq.length or local * self.parts) + place
         index = token[:, :, None] * width + torch.arange(width, device=x.device)
         kept = counter.uniform(seq.key ^ self.salt, index) >= self.rate
         return x * kept / (1.0 - self.rate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -48,20 +49,33 @@ def _on_vector(place: Placement, dim: int) -> Placement:
     return Shard(0)
 
 
+def pieces(weight: Tensor, limit: int) -> Iterator[tuple[slice, slice, Tensor]]:
+    """What this rank holds of a weight, seen as a matrix of its first dimension by the others, some numbers at a time.
+
+    Rows, columns, and the flat index [rows, columns] in the whole weight of at most `limit` numbers.
+    """
+    stride = [math.prod(weight.shape[dim + 1 :]) for dim in range(weight.dim())]
+    high, *across = [index * step for index, step in zip(held(weight), stride, strict=True)]
+    wide = torch.zeros(1, dtype=torch.int64, device=high.device)
+    for column in across:
+        wide = (wide[:, None] + column).flatten()
+    step = max(1, limit // max(1, wide.numel()))
+    for top in range(0, high.numel(), step):
+        for left in range(0, wide.numel(), limit):
+            rows, columns = slice(top, top + step), slice(left, left + limit)
+            yield rows, columns, high[rows, None] + wide[columns]
+
+
+def matrix(weight: Tensor) -> Tensor:
+    """This rank's numbers of a weight, as `pieces` numbers them; shares its memory."""
+    piece = weight._local_tensor if isinstance(weight, DTensor) else weight
+    return piece.detach().view(piece.shape[0], math.prod(piece.shape[1:]))
+
+
 @torch.no_grad()
 def fill(model: nn.Module, seed: int) -> None:
     """Initialise every declared weight in place. Weights must be on a real device."""
     for item in declared(model):
-        weight = item.weight
-        piece = weight._local_tensor if isinstance(weight, DTensor) else weight
-        stride = [math.prod(weight.shape[dim + 1 :]) for dim in range(weight.dim())]
-        rows, *columns = [index * step for index, step in zip(held(weight), stride, strict=True)]
-        inner = torch.zeros(1, dtype=torch.int64, device=piece.device)
-        for column in columns:
-            inner = (inner[:, None] + column).flatten()
-        key = counter.key(seed, item.fqn)
-        step = max(1, CHUNK // max(1, inner.numel()))
-        for start in range(0, rows.numel(), step):
-            index = rows[start : start + step, None] + inner
-            target = piece[start : start + step]
-            target.copy_(item.init(key, index, piece.dtype).view_as(target))
+        key, numbers = counter.key(seed, item.fqn), matrix(item.weight)
+        for rows, columns, index in pieces(item.weight, CHUNK):
+            numbers[rows, columns] = item.init(key, index, numbers.dtype)

@@ -25,6 +25,9 @@ class Places:
     positions: Tensor  # [b, t] distance from the start of the document
     documents: Tensor  # [b, t] equal numbers see each other
 
+    def at(self, part: slice) -> Places:
+        return Places(self.positions[:, part], self.documents[:, part])
+
 
 @dataclass
 class Sequence:

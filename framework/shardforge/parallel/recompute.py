@@ -10,7 +10,8 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from shardforge.nn.module import tagged
 
@@ -21,6 +22,7 @@ KEPT = {
     _aten.mm.default,
     _aten.addmm.default,
     _aten.bmm.default,
+    _aten._grouped_mm.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
@@ -33,10 +35,29 @@ def apply(model: nn.Module, kind: Recompute) -> None:
     """Replace the forward of every block. Dropout and collectives repeat exactly: dropout has no generator state."""
     if kind == "none":
         return
-    contexts = {} if kind == "full" else {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}
+    contexts = {} if kind == "full" else {"context_fn": _contexts}
     for block in tagged(model, "block"):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **contexts)
 
 
-def _policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+def _contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    keep, reuse = create_selective_checkpoint_contexts(list(KEPT))
+    return _Only(keep), _Only(reuse)
+
+
+class _Only(TorchDispatchMode):
+    """Shows another mode nothing but what is kept. That one counts every operation and wants the same in both passes,
+    but an FSDP unit inside a block, like its experts, gathers its weights at other times when the block runs again."""
+
+    def __init__(self, mode: TorchDispatchMode):
+        super().__init__()
+        self.mode = mode
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op in KEPT:
+            return self.mode.__torch_dispatch__(op, types, args, kwargs)
+        return op(*args, **(kwargs or {}))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 import sys
 from types import ModuleType
@@ -14,7 +16,7 @@ from shardforge.model.attention import AttentionCore
 from shardforge.model.cores import auto, flash
 from shardforge.model.masks.causal import Causal
 from shardforge.model.masks.window import Window
-from shardforge.nn.sequence import Sequence
+from shardforge.nn.sequence import Places, Sequence
 
 B, S, D = 2, 24, 8
 MASKS = [Causal(), Window(size=1), Window(size=5), Window(size=100)]
@@ -60,17 +62,20 @@ def naive(q: Tensor, k: Tensor, v: Tensor, mask: object, scale: float) -> Tensor
 
 
 def varlen(q, k, v, q_starts, k_starts, q_longest, k_longest, *, softmax_scale, causal, window_size):
-    """What flash_attn_varlen_func computes, by its documentation: query i sees keys [i - left, i + right]."""
-    assert causal and torch.equal(q_starts, k_starts) and q_starts.dtype == torch.int32
-    assert q_longest == k_longest == int(q_starts.diff().max())
-    left = window_size[0]
-    y, group = torch.zeros_like(q), q.shape[1] // k.shape[1]
-    for first, last in zip(q_starts[:-1].tolist(), q_starts[1:].tolist(), strict=True):
+    """What flash_attn_varlen_func computes, by its documentation: the last query of a run sees its last key, each one
+    before it one key less; query i sees `left` keys before its own."""
+    assert causal and q_starts.dtype == k_starts.dtype == torch.int32
+    assert (q_longest, k_longest) == (int(q_starts.diff().max()), int(k_starts.diff().max()))
+    assert (q_starts[-1], k_starts[-1]) == (len(q), len(k)) and len(k) == len(v)
+    y, group, left = torch.zeros_like(q), q.shape[1] // k.shape[1], window_size[0]
+    runs = zip(itertools.pairwise(q_starts.tolist()), itertools.pairwise(k_starts.tolist()), strict=True)
+    for (first, last), (first_key, last_key) in runs:
         for i in range(first, last):
-            low = first if left < 0 else max(first, i - left)
+            own = last_key - last + i
+            low = first_key if left < 0 else max(first_key, own - left)
             for n in range(q.shape[1]):
-                weight = (k[low : i + 1, n // group] @ q[i, n] * softmax_scale).softmax(0)
-                y[i, n] = weight @ v[low : i + 1, n // group]
+                weight = (k[low : own + 1, n // group] @ q[i, n] * softmax_scale).softmax(0)
+                y[i, n] = weight @ v[low : own + 1, n // group]
     return y
 
 
@@ -97,6 +102,27 @@ def test_every_core_equals_eager(flash_attn, kind, n, m, mask):
     q, k, v = inputs(n, m)
     expected = attend(made("eager", mask), q, k, v)
     torch.testing.assert_close(attend(made(kind, mask), q, k, v), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize(("first", "last"), [(16, 24), (4, 9), (7, 8)])
+@pytest.mark.parametrize("kind", ["eager", "sdpa", "flex", "flash"])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@torch.no_grad()
+def test_every_core_takes_keys_from_before_its_queries(flash_attn, kind, first, last, mask):
+    q, k, v = inputs(4, 2)
+    seq, begin = sequence(), 0 if mask.window is None else max(0, first - mask.window + 1)
+    piece = dataclasses.replace(
+        seq,
+        positions=seq.positions[:, first:last],
+        documents=seq.documents[:, first:last],
+        keys=Places(seq.positions[:, begin:last], seq.documents[:, begin:last]),
+    )
+    core = made(kind, mask)
+    core.prepare(piece)
+    got = core(q[:, first:last], k[:, begin:last], v[:, begin:last], piece)
+    expected = attend(made("eager", mask), q, k, v)[:, first:last]
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
@@ -175,3 +201,14 @@ def test_auto_never_takes_a_core_that_cannot_train_here():
     leaves = [x.requires_grad_() for x in inputs(4, 4)]
     attend(core, *leaves).sum().backward()
     assert all(leaf.grad is not None for leaf in leaves)
+
+
+@pytest.mark.parametrize("width", [3, 11])
+@pytest.mark.parametrize("kind", ["sdpa", "flex", "flash"])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@torch.no_grad()
+def test_values_may_have_another_width_than_keys(flash_attn, kind, width):
+    q, k, _ = inputs(4, 2)
+    v = torch.randn(B, S, 2, width, generator=torch.Generator().manual_seed(9))
+    expected = attend(made("eager"), q, k, v)
+    torch.testing.assert_close(attend(made(kind), q, k, v), expected, rtol=1e-5, atol=1e-5)

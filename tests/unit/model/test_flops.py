@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ from shardforge.model.build import build
 from shardforge.nn.init import fill
 from shardforge.nn.sequence import Sequence
 from tests.tiny import GLU, GQA, LENGTH, VOCAB, tiny
-from tests.tiny_kinds import OPTIONS
+from tests.tiny_kinds import MOE, OPTIONS
 
 CASES = {
     "plain": {},
@@ -22,11 +24,15 @@ CASES = {
     "mlp-all-biases": {"mixer": GQA | {"bias": "all"}, "ffn": {"kind": "mlp", "inner": 24, "bias": True}},
     "qk-norm": {"mixer": GQA | {"qk_norm": "rmsnorm"}},
     "two-blocks": OPTIONS["two-blocks"],
+    "experts": {"ffn": MOE | {"inner": 25, "shared": GLU}},  # 25: torch does not count its grouped kernel
 }
 
 
 def model(case: str, device: str = "cpu") -> nn.Module:
-    changes = CASES[case]
+    return made(device, **CASES[case])
+
+
+def made(device: str = "cpu", **changes: Any) -> nn.Module:
     recipe = tiny(**{**changes, "model": changes.get("model", {}) | {"core": "eager"}})
     made = build(recipe.model, recipe.objective.build())
     if device == "cpu":
@@ -97,3 +103,10 @@ def test_lookups_norms_and_biases_are_no_matmul_weights():
     expected = sum(made.get_parameter(name).numel() for name in linears - {"embed.weight"})
     assert flops.matmul_weights(made) == expected
     assert GLU["inner"] == 24
+
+
+def test_experts_that_a_token_does_not_meet_cost_weights_but_no_flops():
+    few, many = (made(ffn=MOE | {"experts": experts}) for experts in (4, 8))
+    added = 2 * 4 * (3 * 16 * 24 + 16)  # layers, experts, their weights and their rows of the router
+    assert flops.weights(many) - flops.weights(few) == added
+    assert flops.matmul_weights(many) - flops.matmul_weights(few) == 2 * 4 * 16

@@ -57,6 +57,32 @@ def all_sum() -> tuple[bool, bool, bool]:
     )
 
 
+def table() -> list[list[int]]:
+    """Rows from each rank to each rank; some are none, and the last rank sends nothing at all."""
+    size = dist.get_world_size()
+    return [[(i * 3 + j) % 4 if i < size - 1 else 0 for j in range(size)] for i in range(size)]
+
+
+def exchange() -> tuple[bool, bool, bool]:
+    rank, rows = dist.get_rank(), table()
+    sent, received = rows[rank], [each[rank] for each in rows]
+    xs = [numbers(i, 0, (sum(each), 3)) for i, each in enumerate(rows)]
+    x = xs[rank].clone().requires_grad_()
+    y = collectives.exchange(x, sent, received, dist.group.WORLD)
+    expected = torch.cat([x.split(each)[rank] for x, each in zip(xs, rows, strict=True)])
+    (3 * y).sum().backward()
+    return torch.equal(y, expected), torch.equal(x.grad, torch.full_like(x, 3.0)), y.is_contiguous()
+
+
+def returned() -> bool:
+    """Rows that are sent back lie where they were."""
+    rank, rows = dist.get_rank(), table()
+    sent, received = rows[rank], [each[rank] for each in rows]
+    x = numbers(rank, 0, (sum(sent), 3))
+    there = collectives.exchange(x, sent, received, dist.group.WORLD)
+    return torch.equal(collectives.exchange(there, received, sent, dist.group.WORLD), x)
+
+
 def transposed() -> list[bool]:
     """Each collective of a transposed view against that of its copy."""
     group, x = dist.group.WORLD, numbers(dist.get_rank(), 0, SHAPE).transpose(0, 2)
@@ -100,3 +126,13 @@ def test_a_sum_does_not_touch_its_operand(ranks):
 
 def test_scattering_undoes_gathering(ranks):
     assert ranks(4).run(round_trip) == [True] * 4
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_rows_and_their_gradients_are_exchanged_in_uneven_pieces(ranks, size):
+    assert ranks(size).run(exchange) == [(True, True, True)] * size
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_an_exchange_is_undone_by_the_opposite_one(ranks, size):
+    assert ranks(size).run(returned) == [True] * size

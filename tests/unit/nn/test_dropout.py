@@ -46,6 +46,19 @@ def test_slices_of_the_sequence_drop_what_the_whole_drops(parts):
     assert torch.equal(torch.cat(slices, 1), whole)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_scattered_tokens_of_the_sequence_drop_what_the_whole_drops(parts):
+    x = torch.randn(B, S, H, generator=torch.Generator().manual_seed(0))
+    one, index = Dropout(0.3, 0, "ffn"), torch.tensor([4, 5, 6, 7, 24, 25, 26, 27])
+    seq, slices = sequence(), []
+    whole = one(x, seq)
+    seq.index, seq.length = index, S
+    for part, piece in enumerate(x[:, index].chunk(parts, 1)):
+        one.part, one.parts = part, parts
+        slices.append(one(piece, seq))
+    assert torch.equal(torch.cat(slices, 1), whole[:, index])
+
+
 def test_rows_of_a_batch_drop_what_the_whole_batch_drops():
     x, one = torch.ones(B, S, H), Dropout(0.3, 0, "ffn")
     some = torch.tensor([6, 1])

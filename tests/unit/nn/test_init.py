@@ -56,7 +56,7 @@ def on_ranks(layout: Layout) -> tuple[dict[str, Tensor], dict[str, tuple[int, in
     if layout.tp > 1:
         tensor.place(model, here)
     if layout.world_size > 1:
-        fully_shard.apply(nn.Sequential(model), here, MixedPrecisionPolicy(), resharded=True)
+        fully_shard.apply(nn.Sequential(model), here, MixedPrecisionPolicy(), zero=3)
     init.fill(model, 1)
     whole, counts = {}, {}
     for name, weight in model.named_parameters():

@@ -6,7 +6,7 @@ import torch
 from shardforge.model.masks.causal import Causal
 from shardforge.model.masks.window import Window
 from shardforge.nn.batch import PADDING
-from shardforge.nn.sequence import Sequence, visible
+from shardforge.nn.sequence import Places, Sequence, visible
 
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2], [0, 0, 0, 0, 0, 0, PADDING, PADDING]])
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0], [0, 1, 2, 3, 4, 5, 0, 1]])
@@ -26,6 +26,13 @@ def test_a_position_sees_its_own_document_only(mask, reach):
 
 def test_every_position_sees_itself_padding_too():
     assert visible(Window(size=1), SEQ)[:, 0].diagonal(dim1=1, dim2=2).all()
+
+
+def test_queries_see_keys_from_where_those_stand():
+    queries = Sequence(POSITIONS[:, 4:6], DOCUMENTS[:, 4:6], torch.arange(2))
+    queries.keys = Places(POSITIONS, DOCUMENTS).at(slice(2, 6))
+    for mask in (Causal(), Window(size=2)):
+        assert torch.equal(visible(mask, queries), visible(mask, SEQ)[:, :, 4:6, 2:6])
 
 
 def test_a_table_is_made_once():

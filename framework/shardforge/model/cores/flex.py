@@ -34,13 +34,14 @@ class Flex(AttentionCore):
     def block_mask(self, seq: Sequence):
         from torch.nn.attention.flex_attention import create_block_mask
 
-        pos, doc, mask = seq.positions, seq.documents, self.mask
+        keys, mask = seq.keys or seq, self.mask
 
         def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return (doc[b, q] == doc[b, k]) & mask.visible(pos[b, q], pos[b, k])
+            same = seq.documents[b, q] == keys.documents[b, k]
+            return same & mask.visible(seq.positions[b, q], keys.positions[b, k])
 
-        rows, length = pos.shape
-        return create_block_mask(sees, rows, None, length, length, device=str(pos.device))
+        rows, length = seq.positions.shape
+        return create_block_mask(sees, rows, None, length, keys.positions.shape[1], device=str(seq.positions.device))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence) -> Tensor:
         if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:

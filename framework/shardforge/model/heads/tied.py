@@ -25,6 +25,8 @@ class TiedHeadConfig:
 
 
 class TiedHead(Head):
+    borrowed = ("embed",)
+
     def __init__(self, embed: Module):
         super().__init__()
         self.__dict__["embed"] = embed  # not a child: its weight has one name

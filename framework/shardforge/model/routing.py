@@ -1,0 +1,35 @@
+"""What every router has in common: one affinity for each token and expert, and what comes out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shardforge.core.dims import Dim
+from shardforge.model.context import BuildContext
+from shardforge.nn.linear import Linear
+from shardforge.nn.module import local
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Of one micro-batch; `expert` carries no gradient."""
+
+    expert: Tensor  # [b, s, k] int64, the experts of each token
+    weight: Tensor  # [b, s, k] factors on what they return
+    shares: Tensor  # [b, s, e] affinities as shares of 1, for the balance loss
+    logits: Tensor  # [b, s, e] for the z-loss
+
+
+class Logits(Linear):
+    """x W^T in float32 at least, also where x and W are narrower. Its dimension has no rule: whole on every rank."""
+
+    def __init__(self, experts: int, ctx: BuildContext):
+        super().__init__(ctx.hidden, Dim("router", experts), ctx.into(ctx.hidden))
+
+    def logits(self, x: Tensor) -> Tensor:  # [b, s, h] -> [b, s, e]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.linear(x.to(wide), local(self.weight).to(wide))
