@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from shardforge.core.dims import Dim
 from shardforge.core.errors import LayoutError
@@ -179,7 +180,7 @@ class Layout:
     def parse(cls, text: str) -> Layout:
         """The layout that prints as `text`: "pp2-dp2-tp2"; "one" is a single process."""
         long = {short: axis for axis, short in SHORT.items()}
-        degrees: dict[str, int] = {}
+        degrees: dict[str, Any] = {}
         for part in text.split("-") if text != "one" else ():
             name = part.rstrip("0123456789")
             if name not in long or name == part or long[name] in degrees or int(part[len(name) :]) < 1:

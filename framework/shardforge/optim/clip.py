@@ -22,24 +22,22 @@ def copies(weight: Tensor) -> int:
 
 @torch.no_grad()
 def global_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Euclidean norm of all gradients together, 0-d, the same on every rank; float32 at least.
+    """Euclidean norm of all gradients together, 0-d, the same on every rank; float32 at least, where the weights are.
 
-    Each rank squares its pieces, a piece held by r ranks counts 1/r on each, and one all-reduce adds everything.
+    Each rank squares its pieces, a piece held by r ranks counts 1/r on each, and one all-reduce adds everything. So
+    weights may be on different meshes, as experts are, if each covers all ranks of a pipeline stage.
     """
-    by_copies: dict[int, list[Tensor]] = {}
-    for weight in parameters:
+    weights, by_copies = list(parameters), {}
+    for weight in weights:
         if weight.grad is not None:
             grad = weight.grad
             piece = grad._local_tensor if isinstance(grad, DTensor) else grad
             by_copies.setdefault(copies(grad), []).append(piece)
-    if not by_copies:
-        return torch.zeros(())
-    squares = []
+    wide = torch.promote_types(weights[0].dtype, torch.float32)
+    total = torch.zeros((), dtype=wide, device=weights[0].device)
     for count, pieces in sorted(by_copies.items()):
-        wide = torch.promote_types(pieces[0].dtype, torch.float32)
         norms = torch._foreach_norm(pieces, dtype=wide)
-        squares.append(torch.stack(norms).square().sum() / count)
-    total = torch.stack(squares).sum()
+        total += torch.stack(norms).square().sum() / count
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(total)
     return total.sqrt()

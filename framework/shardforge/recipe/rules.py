@@ -6,6 +6,7 @@ What depends on the size of a weight (heads, ffn) is checked on the built model,
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ Origins = Mapping[str, Origin]
 Rule = Callable[[Recipe, Origins], Iterable[ForgeError]]
 
 WIDTHS = {"bf16": 16, "fp32": 32, "fp64": 64}
-CLAIMED = ("tp",)
+CLAIMED = ("tp", "cp", "pp")
 """Axes that change what a kind computes, so that a kind may not support them."""
 
 
@@ -114,9 +115,18 @@ def batch_warmup_reaches_the_batch(recipe: Recipe, origins: Origins) -> Iterator
 
 def sequence_fits_tp(recipe: Recipe, origins: Origins) -> Iterator[ForgeError]:
     length, tp = recipe.train.seq_len, recipe.parallel.tp
-    if length % tp:
+    if length % tp and recipe.parallel.cp == 1:
         what = f"{length} tokens cannot be split {tp} ways over tp"
         yield broken(LayoutError, origins, "train.seq_len", what, nearest(length, tp))
+
+
+def sequence_fits_cp(recipe: Recipe, origins: Origins) -> Iterator[ForgeError]:
+    length, cp, tp = recipe.train.seq_len, recipe.parallel.cp, recipe.parallel.tp
+    quantum = math.lcm(2 * cp, cp * tp)
+    if cp > 1 and length % quantum:
+        what = f"{length} tokens cannot be cut into 2 x {cp} chunks over cp"
+        what += f", with the two chunks of each rank split {tp} ways over tp" if tp > 1 else ""
+        yield broken(LayoutError, origins, "train.seq_len", what, nearest(length, quantum))
 
 
 def vocabulary_fits_tp(recipe: Recipe, origins: Origins) -> Iterator[ForgeError]:
@@ -177,7 +187,8 @@ def kinds_support_axes(recipe: Recipe, origins: Origins) -> Iterator[ForgeError]
     layout = recipe.parallel
     for axis in CLAIMED:
         degree = layout.degree(axis)
-        works = dataclasses.replace(layout, dp_shard=layout.dp_shard * degree, **{axis: 1})
+        degrees: dict[str, Any] = {"dp_shard": layout.dp_shard * degree, axis: 1}
+        works = dataclasses.replace(layout, **degrees)
         for path, config in configs(recipe.model, "model") if degree > 1 else ():
             if axis not in getattr(config, "supports", CLAIMED):
                 what = f"{kind_of(config) or type(config).__name__} does not work over {axis}={degree}"
@@ -190,6 +201,7 @@ RULES: tuple[Rule, ...] = (
     batch_fits_ranks,
     batch_warmup_reaches_the_batch,
     sequence_fits_tp,
+    sequence_fits_cp,
     vocabulary_fits_tp,
     vocabulary_holds_tokenizer,
     sources_share_one_way,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from torch import nn
 
@@ -40,3 +41,35 @@ def test_nothing_moves_before_a_rate_is_given():
     recipe = tiny()
     model = build(recipe.model, recipe.objective.build(), torch.float64).to_empty(device="cpu")
     assert {group["lr"] for group in recipe.optim.build(model).param_groups} == {0.0}
+
+
+def types(dtype: torch.dtype, states: str) -> tuple[str, set[torch.dtype]]:
+    recipe = tiny(optim={"kind": "adamw", "states": states})
+    model = build(recipe.model, recipe.objective.build(), dtype).to_empty(device="cpu")
+    for weight in model.parameters():
+        weight.data.fill_(1.0)
+        weight.grad = torch.ones_like(weight)
+    optimizer = recipe.optim.build(model)
+    optimizer.step()
+    kept = {optimizer.state[weight][name].dtype for weight in model.parameters() for name in ("exp_avg", "exp_avg_sq")}
+    return type(optimizer).__name__, kept
+
+
+@pytest.mark.parametrize(
+    ("dtype", "states", "expected"),
+    [
+        (torch.float32, "master", ("AdamW", {torch.float32})),
+        (torch.float32, "fp32", ("AdamW", {torch.float32})),
+        (torch.float32, "bf16", ("NarrowAdamW", {torch.bfloat16})),
+        (torch.float64, "master", ("AdamW", {torch.float64})),
+        (torch.float64, "fp32", ("NarrowAdamW", {torch.float32})),
+    ],
+)
+def test_moments_rest_in_the_type_of_the_recipe_and_only_narrow_ones_leave_the_fused_step(dtype, states, expected):
+    assert types(dtype, states) == expected
+
+
+def test_every_weight_is_known_by_its_name_in_the_whole_model():
+    recipe = tiny(optim={"kind": "adamw", "states": "bf16"})
+    model = build(recipe.model, recipe.objective.build(), torch.float64)
+    assert set(recipe.optim.build(model).names.values()) == {name for name, _ in model.named_parameters()}

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import tests.equivalence.cases  # noqa: F401 - one mesh a layout for the life of a pool
 from shardforge.core.layout import Layout
 from shardforge.optim.clip import clip, copies, global_norm
+from shardforge.parallel import mesh
 from tests.tiny import batch, part, tiny
 
 LIMIT = 0.05
@@ -69,6 +71,36 @@ def test_the_norm_counts_every_gradient_once_on_any_layout(ranks, layout):
 def test_copies_are_the_ranks_that_hold_the_same_piece(ranks, layout, shared):
     wanted = Layout.parse(layout)
     assert ranks(wanted.world_size).run(on_ranks, wanted)[0][3] == shared
+
+
+def two_meshes() -> tuple[float, float, int]:
+    """Norm of a weight over four ranks and one over (replicas, pieces), as experts are; what it is; and how many ranks
+    hold a piece of the second."""
+    generator, weights, grads = torch.Generator().manual_seed(0), [], []
+    for text, places in (("dp4", [Shard(0)]), ("rep2-dp2", [Replicate(), Shard(1)])):
+        here = mesh.build(Layout.parse(text), "cpu").fsdp
+        grads.append(torch.randn(8, 6, generator=generator, dtype=torch.float64))
+        weights.append(nn.Parameter(distribute_tensor(torch.zeros(8, 6).double(), here, places, src_data_rank=None)))
+        weights[-1].grad = distribute_tensor(grads[-1], here, places, src_data_rank=None)
+    return global_norm(weights).item(), torch.stack(grads).norm().item(), copies(weights[1].grad)
+
+
+def lonely() -> float:
+    """Only the first rank has a gradient."""
+    weights = gradients((3, 4))
+    if dist.get_rank() > 0:
+        weights[0].grad = None
+    return global_norm(weights).item()
+
+
+def test_weights_on_different_meshes_have_one_norm(ranks):
+    for norm, whole, shared in ranks(4).run(two_meshes):
+        assert (norm, shared) == (pytest.approx(whole, rel=1e-12), 2)
+
+
+def test_a_rank_without_gradients_learns_the_norm_of_the_others(ranks):
+    expected = global_norm(gradients((3, 4))).item()
+    assert ranks(2).run(lonely) == [pytest.approx(expected, rel=1e-12)] * 2
 
 
 def test_weights_without_a_gradient_do_not_count():
