@@ -84,6 +84,9 @@ class TrainConfig:
         None, "sequences in one forward pass of one data rank; empty takes the rank's whole share", at_least=1
     )
     batch_warmup: BatchWarmupConfig | None = option(None, "smaller batches at the start")
+    timeout: int = option(
+        600, "time without progress after which a run of several ranks ends and says why", unit="seconds", at_least=1
+    )
     eval_every: int = option(0, "distance between held-out evaluations; 0: at the end only", unit="steps", at_least=0)
     eval_sequences: int = option(64, "held-out sequences of one evaluation", unit="sequences", at_least=0)
 

@@ -8,47 +8,98 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import psutil
+import torch.distributed as dist
 
 from shardforge.core import log
 from shardforge.core.errors import EngineError, ForgeError
 from shardforge.core.layout import Layout
 from shardforge.core.rundir import RunDir
 from shardforge.train.lock import Occupied
+from shardforge.train.verdict import AGAIN, spot
+from shardforge.train.world import FailedThere
 
 MISTAKE, CRASH, INTERRUPTED = 2, 1, 130
-LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "NCCL communicator was aborted")
+LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "Socket Timeout")
+LOST += ("Application timeout caused pair closure", "connectFullMesh failed", "was aborted", "remote process exited")
+"""What gloo and NCCL say when another rank is gone, or does not come."""
 
 
-def guarded(run_dir: RunDir, layout: Layout, work: Callable[[], int]) -> int:
+class Witness(Protocol):
+    """What knows of the other ranks; see pulse.Heart."""
+
+    def lost(self, error: BaseException) -> str | None:
+        """What is to be said of a collective that failed; "" when another rank says it, None when nothing is known."""
+        ...
+
+    def tell(self, code: int, text: str) -> None:
+        """Let the others leave too."""
+        ...
+
+
+class Alone:
+    """The witness of a process without others."""
+
+    def lost(self, error: BaseException) -> str | None:
+        return None
+
+    def tell(self, code: int, text: str) -> None:
+        pass
+
+
+def guarded(run_dir: RunDir, layout: Layout, work: Callable[[], int], witness: Witness | None = None) -> int:
     """work()'s exit code; a failure becomes a message from the first rank that met one, and an exit code."""
+    witness = witness or Alone()
     try:
         return work()
     except Occupied as error:  # met by all ranks alike, and the directory is not ours to write into
         if log.rank() == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return MISTAKE
-    except ForgeError as error:
-        speak(run_dir, f"error: {error}")
-        return MISTAKE
     except KeyboardInterrupt:
-        speak(run_dir, "interrupted; the last committed checkpoint is what a new start goes on from")
-        return INTERRUPTED
+        text, code = "interrupted; the last committed checkpoint is what a new start goes on from", INTERRUPTED
     except Exception as error:
-        here = ", ".join(f"{axis} {place}" for axis, place in layout.coordinates(log.rank()).items())
-        if any(sign in str(error) for sign in LOST):
-            lost = EngineError(
-                f"rank {log.rank()} ({here}) lost contact with another rank in a collective",
-                run_dir.path,
-                "look for what ended that process (memory, a signal, its node) and start again: the run resumes "
-                "from its last checkpoint",
-            )
-            speak(run_dir, f"error: {lost}")
-        else:
-            speak(run_dir, f"rank {log.rank()} ({here}) failed:\n{traceback.format_exc()}")
-        return CRASH
+        text, code = _told(run_dir, layout, witness, error)
+    if text:
+        speak(run_dir, text)
+        witness.tell(code, text)
+    return code
+
+
+def _told(run_dir: RunDir, layout: Layout, witness: Witness, error: Exception) -> tuple[str, int]:
+    """What to say of an error, nothing when another rank says it, and the exit code."""
+    collective = next((cause for cause in _causes(error) if _is_loss(cause)), None)
+    if collective is not None:
+        found = witness.lost(collective)
+        return f"error: {_unexplained(run_dir, layout)}" if found is None else found, CRASH
+    if isinstance(error, ForgeError):
+        return f"error: {error}", MISTAKE
+    rank, trace = (error.rank, error.trace) if isinstance(error, FailedThere) else (log.rank(), traceback.format_exc())
+    return f"rank {rank} ({spot(layout, rank)}) failed:\n{trace}", CRASH
+
+
+def _unexplained(run_dir: RunDir, layout: Layout) -> EngineError:
+    return EngineError(
+        f"rank {log.rank()} ({spot(layout, log.rank())}) lost contact with another rank in a collective",
+        run_dir.path,
+        f"look for what ended that process (memory, a signal, its node) and {AGAIN}",
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _is_loss(error: BaseException) -> bool:
+    """Whether this is what a collective says when another rank is gone."""
+    if isinstance(error, (dist.DistNetworkError, dist.DistStoreError)):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST)
 
 
 def speak(run_dir: RunDir, text: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from types import FrameType
 
 import torch.distributed as dist
 
@@ -11,18 +13,25 @@ from shardforge.core import log
 from shardforge.recipe.load import Loaded
 from shardforge.train import guard
 from shardforge.train.loop import train
+from shardforge.train.pulse import Heart
 from shardforge.train.run import directory, open_run
-from shardforge.train.world import distributed, join
+from shardforge.train.world import distributed, join, limit
 
 
 def main(loaded: Loaded) -> int:
     """Exit code of this rank: 0 when the run finished or stopped with everything saved (see RunDir.stopped)."""
     log.setup()
-    run_dir = directory(loaded.recipe)
+    recipe = loaded.recipe
+    run_dir, timeout = directory(recipe), recipe.train.timeout
+    heart = Heart(run_dir, recipe.parallel, timeout)
 
     def work() -> int:
-        run = open_run(loaded, join(loaded.recipe.parallel))
-        if run.step >= loaded.recipe.train.steps:
+        world = join(recipe.parallel, timeout)
+        if distributed():
+            heart.start(dist.distributed_c10d._get_default_store())
+        run = open_run(loaded, world)
+        limit(timeout)
+        if run.step >= recipe.train.steps:
             log.logger("train").info("all %d steps are done already", run.step)
         try:
             train(run)
@@ -31,11 +40,22 @@ def main(loaded: Loaded) -> int:
             raise
         return 0
 
-    code = guard.guarded(run_dir, loaded.recipe.parallel, work)
+    if distributed():
+        signal.signal(signal.SIGTERM, _end)
+    code = guard.guarded(run_dir, recipe.parallel, work, heart)
     if code and distributed():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # a thread may wait for a rank that is gone; nothing of value is left to do
+    heart.stop()
     if dist.is_initialized():
         dist.destroy_process_group()
     return code
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """SIGTERM outside of the loop ends this process, unless it is on its way out already: a launcher that has lost a
+    rank sends it to all the others, and one that has met the error of that must be able to say so."""
+    if sys.exc_info()[0] is None:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)

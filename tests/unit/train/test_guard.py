@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 import pytest
 
-from shardforge.core.errors import DataError
+from shardforge.core.errors import CheckpointError, DataError
 from shardforge.core.layout import Layout
 from shardforge.core.rundir import RunDir
 from shardforge.train import guard
 from shardforge.train.lock import Occupied
+from shardforge.train.world import FailedThere
 
 DP2 = Layout(dp_shard=2)
 MISTAKE = DataError("it is wrong", "here", "mend it")
@@ -69,7 +70,7 @@ def test_a_bug_names_the_rank_and_its_place_and_has_a_traceback(run_dir, rank, c
     rank(1)
     fail(run_dir, ValueError("a bug"))
     told = capsys.readouterr().err
-    assert "rank 1 (dp_replicate 0, dp_shard 1, tp 0) failed" in told and "Traceback" in told
+    assert "rank 1 (dp1) failed" in told and "Traceback" in told
 
 
 def test_a_lost_rank_is_no_bug_of_the_ranks_that_noticed(run_dir, rank, capsys):
@@ -77,6 +78,73 @@ def test_a_lost_rank_is_no_bug_of_the_ranks_that_noticed(run_dir, rank, capsys):
     fail(run_dir, RuntimeError("Connection reset by peer"))
     told = capsys.readouterr().err
     assert "lost contact with another rank" in told and "Traceback" not in told
+
+
+def test_what_another_rank_met_is_told_with_its_place_and_traceback(run_dir, rank, capsys):
+    rank(0)
+    assert fail(run_dir, FailedThere(1, "Traceback ...\nValueError: a bug")) == 1
+    told = capsys.readouterr().err
+    assert told == "rank 1 (dp1) failed:\nTraceback ...\nValueError: a bug\n"
+
+
+class Neighbours:
+    """Stands for the pulses of the other ranks."""
+
+    def __init__(self, known: str | None):
+        self.known, self.seen, self.told = known, [], []
+
+    def lost(self, error: BaseException) -> str | None:
+        self.seen.append(str(error))
+        return self.known
+
+    def tell(self, code: int, text: str) -> None:
+        self.told.append((code, text))
+
+
+def fail_before(run_dir: RunDir, neighbours: Neighbours, error: BaseException) -> int:
+    def work() -> int:
+        raise error
+
+    return guard.guarded(run_dir, DP2, work, neighbours)
+
+
+GONE = RuntimeError("[gloo] Connection closed by peer [10.0.0.1]")
+
+
+@pytest.mark.parametrize(
+    ("known", "printed"),
+    [("error: rank 1 is dead", "error: rank 1 is dead\n"), ("", ""), (None, "lost contact with another rank")],
+    ids=["known", "another speaks", "unknown"],
+)
+def test_a_lost_rank_is_told_as_the_pulses_know_it(run_dir, rank, capsys, known, printed):
+    rank(0)
+    assert fail_before(run_dir, Neighbours(known), GONE) == 1
+    told = capsys.readouterr().err
+    assert printed in told and bool(printed) == bool(told)
+
+
+def test_a_lost_rank_is_known_also_behind_an_error_of_ours(run_dir, rank, capsys):
+    error, neighbours = CheckpointError("a rank was lost while a checkpoint was saved"), Neighbours("error: it is dead")
+    error.__cause__ = GONE
+    assert fail_before(run_dir, neighbours, error) == 1
+    assert neighbours.seen == [str(GONE)] and capsys.readouterr().err == "error: it is dead\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(MISTAKE, 2), (KeyboardInterrupt(), 130), (ValueError("a bug"), 1)],
+    ids=["mistake", "^C", "bug"],
+)
+def test_whatever_ends_a_rank_is_told_to_the_others(run_dir, error, code):
+    neighbours = Neighbours(None)
+    fail_before(run_dir, neighbours, error)
+    assert [each for each, _ in neighbours.told] == [code]
+
+
+def test_a_living_run_of_another_start_is_told_to_nobody(run_dir):
+    neighbours = Neighbours(None)
+    fail_before(run_dir, neighbours, Occupied("a run is alive", "here", "wait"))
+    assert neighbours.told == []
 
 
 def test_one_rank_speaks_for_a_start(run_dir, rank, capsys):
