@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -12,14 +13,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from shardforge.core.layout import Layout
+from shardforge.model.ffns.glu import GLU
+from shardforge.nn.record import charge
+from shardforge.nn.sequence import Sequence
 from shardforge.parallel import mesh
-from tests.tiny import batch, part, tiny
+from tests.tiny import RTOL, batch, part, tiny
 
 mesh.build = functools.cache(mesh.build)  # a group has threads: one mesh a layout for the life of a pool
 
 
 def two_steps(layout: Layout, changes: dict[str, Any]) -> dict[str, Tensor]:
-    """Loss, gradients, clip norm of two steps and the weights after each, by name; the same on every rank."""
+    """Loss, gradients, clip norm of two steps and the weights after each, by name; on rank 0, of all stages."""
     recipe = tiny(layout=layout, **changes)
     engine = recipe.engine.build(recipe, torch.device("cpu"))
     out: dict[str, Tensor] = {}
@@ -32,7 +36,32 @@ def two_steps(layout: Layout, changes: dict[str, Any]) -> dict[str, Tensor]:
         out |= {f"{step} weight {name}": whole(weight) for name, weight in engine.model.named_parameters()}
     held = engine.evaluate(part(batch(9), engine.mesh.data_rank, layout.data_ranks))
     out["held-out loss"] = torch.tensor(held.loss, dtype=torch.float64)
-    return {name: value.clone() for name, value in out.items()} if dist.get_rank() == 0 else {}
+    return together({name: value.clone() for name, value in out.items()})
+
+
+def together(mine: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What all ranks have, on rank 0; nothing on the others. What two ranks have must be the same."""
+    everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(mine, everyone)
+    out: dict[str, Tensor] = {}
+    for theirs in everyone or ():
+        for name, value in theirs.items():
+            torch.testing.assert_close(value, out.setdefault(name, value), rtol=RTOL, atol=RTOL)
+    return out
+
+
+def charged_two_steps(layout: Layout, changes: dict[str, Any]) -> dict[str, Tensor]:
+    """The same with an auxiliary loss in every feed-forward layer, which is recorded too."""
+
+    def forward(self: GLU, x: Tensor, seq: Sequence) -> Tensor:
+        y = plain(self, x, seq)
+        loss = 0.3 * y.square().sum() / seq.shares.tokens
+        seq.record("aux", id(self), loss)
+        return charge(y, loss)
+
+    plain = GLU.forward
+    with patch.multiple(GLU, forward=forward, records=("aux",), create=True):
+        return two_steps(layout, changes)
 
 
 def compiled_two_steps(layout: Layout, changes: dict[str, Any]) -> dict[str, Tensor]:

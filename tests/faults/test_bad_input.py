@@ -82,8 +82,8 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
     "a truncated checkpoint": (cut_checkpoint, [], ["the checkpoint is damaged"]),
     "heads that tp cannot split": (
         lambda folder: None,
-        ["parallel.tp=4"],
-        ["kv_heads=2 cannot be split 4 ways over tp", "tp=2 keeps the same 4 ranks"],
+        ["parallel.tp=8"],
+        ["heads=4 cannot be split 8 ways over tp", "tp=4 keeps the same 8 ranks"],
     ),
     "sequences that ranks cannot share": (
         lambda folder: None,

@@ -40,7 +40,7 @@ class Crew:
     def agree(self, work: Callable[[], T], where: object) -> T:
         """work() of this rank, once it has succeeded on every rank; CheckpointError everywhere when it has not."""
         value, error = _attempt(work, where)
-        for rank, other in enumerate(self._exchange(error, where)):
+        for rank, other in enumerate(self.gather(error, where)):
             if other is not None:
                 raise self._told(other, rank)
         assert value is not None
@@ -49,7 +49,7 @@ class Crew:
     def lead(self, work: Callable[[], T], where: object) -> T:
         """work() of the first rank, given to all; it must be small and picklable."""
         mine = _attempt(work, where) if self.rank == 0 else (None, None)
-        value, error = self._exchange(mine, where)[0]
+        value, error = self.gather(mine, where)[0]
         if error is not None:
             raise self._told(error, 0)
         assert value is not None
@@ -60,7 +60,8 @@ class Crew:
             dist.destroy_process_group(self.group)
         self.owned = False
 
-    def _exchange(self, value: T, where: object) -> list[T]:
+    def gather(self, value: T, where: object) -> list[T]:
+        """`value` of every rank, in order; it must be small and picklable."""
         if not self.joined:
             return [value]
         everyone: list[Any] = [None] * self.size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -142,12 +142,15 @@ def _fault(entry: Entry, folder: Path) -> str:
     return ""
 
 
-def differences(entries: Mapping[str, Entry], tensors: Mapping[str, Any]) -> list[str]:
-    """What keeps `tensors` from being filled from `entries`, a line each. Parts nobody asks for do not count."""
+def differences(entries: Mapping[str, Entry], tensors: Mapping[str, Any], elsewhere: Collection[str] = ()) -> list[str]:
+    """What keeps `tensors` from being filled from `entries`, a line each. Parts nobody asks for do not count, nor what
+    other ranks ask for: the names `elsewhere`."""
     parts = {name.partition(".")[0] for name in tensors}
     lines = []
     for name in sorted(tensors.keys() | {name for name in entries if name.partition(".")[0] in parts}):
         entry, wanted = entries.get(name), tensors.get(name)
+        if wanted is None and name in elsewhere:
+            continue
         was = f"{list(entry.shape)} {entry.dtype}" if entry else "absent"
         now = "absent" if wanted is None else f"{list(wanted.shape)} {type_name(wanted.dtype)}"
         if was != now:

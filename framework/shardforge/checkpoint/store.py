@@ -9,12 +9,14 @@ an error on one is the same CheckpointError on all, and no rank waits for one th
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 import shutil
 import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +81,10 @@ class Store:
         begun = time.perf_counter()
         self._settle()
         self._crew.agree(lambda: check(tensors, extra), self.path)
-        attempt = self._crew.lead(lambda: self._open(step, whole_bytes(tensors)), self.path)
+        stages = dict(
+            self._crew.gather((min(tensors, default=""), whole_bytes(tensors)), self.path)
+        )  # ranks of a stage name the same
+        attempt = self._crew.lead(lambda: self._open(step, sum(stages.values())), self.path)
         if attempt is None:
             return time.perf_counter() - begun
         try:
@@ -101,7 +106,9 @@ class Store:
         """
         self._settle()
         folder = self.path / folders.name(step)
-        entries = self._crew.agree(lambda: self._entries(folder, tensors), folder)
+        entries = self._crew.agree(lambda: self._entries(folder), folder)
+        elsewhere = self._asked(entries, tensors, folder)
+        self._crew.agree(lambda: _same(index.differences(entries, tensors, elsewhere), folder), folder)
         reader = ShardReader(folder, entries)
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         try:
@@ -198,8 +205,8 @@ class Store:
         except OSError as cause:
             log.warning("step %d is saved, but an old checkpoint cannot be deleted: %s", saving.step, cause)
 
-    def _entries(self, folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Entry]:
-        """The index of a checkpoint that is whole, of this model, and has what `tensors` asks for."""
+    def _entries(self, folder: Path) -> dict[str, Entry]:
+        """The index of a checkpoint that is whole and of this model."""
         manifest = folders.read_manifest(folder)
         if broken := list(audit.sizes(folder, manifest)):
             raise CheckpointError(f"the checkpoint is damaged:\n{index.shorten(broken)}", folder, DAMAGED)
@@ -207,16 +214,15 @@ class Store:
         if tensorfile.sha256(folder / index.NAME) != hashes[index.NAME]:
             raise CheckpointError("the index is not the one that was committed", folder / index.NAME, DAMAGED)
         entries = index.read(folder)
-        differing = audit.compare(manifest["describe"], self.describe)
-        differing = differing or index.differences(entries, tensors)
-        if differing:
-            raise CheckpointError(
-                f"this is a checkpoint of another model or optimizer, {len(differing)} tensors differ:\n"
-                f"{index.shorten(differing)}",
-                folder,
-                "resume with the recipe in the run directory, or choose another run_dir",
-            )
+        _same(audit.compare(manifest["describe"], self.describe), folder)
         return entries
+
+    def _asked(self, entries: Mapping[str, Entry], tensors: Mapping[str, Tensor], folder: Path) -> set[str]:
+        """Names of a checkpoint that any rank asks for: each rank of a pipeline asks for its own stages."""
+        names = sorted(entries)
+        mine = sum(1 << place for place, name in enumerate(names) if name in tensors)
+        all_ranks = functools.reduce(operator.or_, self._crew.gather(mine, folder))
+        return {name for place, name in enumerate(names) if all_ranks >> place & 1}
 
     def _settle(self) -> None:
         """Wait for the save in flight; raise what went wrong there."""
@@ -239,6 +245,17 @@ def _told(cause: BaseException, where: Path) -> CheckpointError:
     if isinstance(cause, RuntimeError):  # our own work never raises it here, so a collective did
         return lost(cause, where)
     return explained(cause, where)
+
+
+def _same(differing: Sequence[str], folder: Path) -> None:
+    """CheckpointError when there are differences."""
+    if differing:
+        raise CheckpointError(
+            f"this is a checkpoint of another model or optimizer, {len(differing)} tensors differ:\n"
+            f"{index.shorten(differing)}",
+            folder,
+            "resume with the recipe in the run directory, or choose another run_dir",
+        )
 
 
 def _raise(error: Exception | None) -> None:

@@ -1,4 +1,4 @@
-"""Whether a layout can split a model, before any rank starts."""
+"""Whether a layout and an engine can take a model, before any rank starts."""
 
 from __future__ import annotations
 
@@ -27,5 +27,7 @@ def check_fit(model: nn.Module, layout: Layout) -> None:
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """The same for a recipe; the model is built on the meta device and costs no memory."""
-    check_fit(build(recipe.model, recipe.objective.build()), recipe.parallel)
+    """The same for a recipe, and what its engine asks of it; the model is built on the meta device, without memory."""
+    model = build(recipe.model, recipe.objective.build())
+    check_fit(model, recipe.parallel)
+    recipe.engine.check(recipe, model)

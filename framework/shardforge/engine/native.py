@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from shardforge.checkpoint import state
-from shardforge.engine import passes
+from shardforge.core.log import logger
+from shardforge.engine import passes, staged
 from shardforge.engine.base import Losses, UpdateStats
 from shardforge.engine.fit import check_fit
+from shardforge.engine.forward import Forward
+from shardforge.engine.staged import Staged
+from shardforge.engine.whole import Whole
 from shardforge.model import flops
 from shardforge.model.build import build
 from shardforge.nn import counter
@@ -22,12 +26,14 @@ from shardforge.nn.batch import IGNORE, PADDING, Batch
 from shardforge.nn.init import fill
 from shardforge.nn.sequence import Sequence, Shares
 from shardforge.optim.clip import clip, global_norm
-from shardforge.parallel import context, fully_shard, mesh
+from shardforge.parallel import context, mesh, offload
 from shardforge.precision.types import DTYPES
 from shardforge.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from shardforge.engine.kinds.native import NativeConfig
+
+log = logger("engine")
 
 
 class NativeEngine:
@@ -37,43 +43,46 @@ class NativeEngine:
         self.recipe, self.cfg, self.device = recipe, cfg, device
         self.mesh = mesh.build(recipe.parallel, device.type)
         self.master = DTYPES[recipe.precision.master]
-        self.model = build(recipe.model, recipe.objective.build(), self.master)
-        check_fit(self.model, recipe.parallel)
-        self.weights = flops.weights(self.model)
-        self.records = sorted({name for module in self.model.modules() for name in getattr(module, "records", ())})
-        self.step_flops = flops.step_flops(self.model, recipe.train.seq_len)
-        passes.apply(self.model, self.mesh, self.mixed(), cfg)
-        self.model.to_empty(device=device)
+        self.compute = DTYPES[recipe.precision.compute]
+        model = build(recipe.model, recipe.objective.build(), self.master)
+        check_fit(model, recipe.parallel)
+        context.tell(model, recipe.parallel, cfg.context, recipe.train.seq_len)
+        self.stages = staged.cut(recipe, cfg, model)
+        self.weights = flops.weights(model)
+        self.step_flops = flops.step_flops(model, recipe.train.seq_len)
+        self.records = sorted({name for module in model.modules() for name in getattr(module, "records", ())})
+        self.terms = model.objective.terms
+        self.table = state.table(model)
+        if self.stages is None:
+            self.runner: Whole | Staged = Whole(model, cfg.zero)
+        else:
+            log.info("%s over %d ranks\n%s", cfg.schedule, recipe.parallel.pp, self.stages.table())
+            self.runner = Staged(model, self.stages, self.mesh, device, model.width, self.compute)
+        self.model = self.runner.model  # of a pipeline, the modules of this rank's stages
+        for part in self.runner.parts:
+            passes.apply(part, self.mesh, self.mixed(), cfg)
+            offload.materialise(part, device, cfg.offload)
         fill(self.model, recipe.seed)
+        self.runner.renew()
         self.optimizer = recipe.optim.build(self.model)
 
     def mixed(self) -> MixedPrecisionPolicy:
-        compute = DTYPES[self.recipe.precision.compute]
         return MixedPrecisionPolicy(
-            param_dtype=None if compute == self.master else compute,
+            param_dtype=None if self.compute == self.master else self.compute,
             reduce_dtype=DTYPES[self.recipe.precision.reduce],
             cast_forward_inputs=False,  # it would reach into Sequence and round the position tables
         )
 
     def forward_backward(self, batch: Batch, step: int) -> Losses:
-        batch, shares, scored = self.mine(batch)
         key = torch.tensor(counter.key(self.recipe.seed, "dropout", step), device=self.device)
-        pieces = list(batch.split(self.recipe.train.micro_batch or len(batch)))
-        sums: dict[str, Tensor] = {}
-        for index, piece in enumerate(pieces):
-            self.sync(last=index == len(pieces) - 1)
-            out = self.forward(piece, key, shares)
-            (out["total"] / max(1, scored)).backward()
-            sums = add(sums, out)
-        return self.losses(sums, scored)
+        forward = self.forward(batch, key)
+        self.runner.train(forward)
+        return self.losses(forward)
 
-    @torch.no_grad()
     def evaluate(self, batch: Batch) -> Losses:
-        batch, shares, scored = self.mine(batch)
-        sums: dict[str, Tensor] = {}
-        for piece in batch.split(self.recipe.train.micro_batch or len(batch)):
-            sums = add(sums, self.forward(piece, None, shares))
-        return self.losses(sums, scored)
+        forward = self.forward(batch, None)
+        self.runner.evaluate(forward)
+        return self.losses(forward)
 
     def update(self, lr: float) -> UpdateStats:
         parameters = list(self.model.parameters())
@@ -84,6 +93,7 @@ class NativeEngine:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.runner.renew()
         return UpdateStats(norm.item())
 
     def state(self) -> dict[str, Tensor]:
@@ -93,69 +103,47 @@ class NativeEngine:
         tensors = self.state()
         read(tensors)
         state.restore(self.model, self.optimizer, tensors)
+        self.runner.renew()
 
     def describe(self) -> dict[str, object]:
-        return {"model": state.table(self.model)}
+        return {"model": self.table}
 
-    def mine(self, batch: Batch) -> tuple[Batch, Shares, int]:
-        """This rank's columns of its rows; the size of the whole batch; labels in it."""
+    def forward(self, batch: Batch, key: Tensor | None) -> Forward:
+        """The forward passes over this rank's columns of its rows of a batch."""
         layout = self.mesh.layout
         index = context.zigzag(batch.tokens.shape[1], layout.cp, self.mesh.coordinate("cp"))
+        length = batch.tokens.shape[1]
         batch = (batch.at(index) if layout.cp > 1 else batch).to(self.device)
+        index = index.to(self.device)
         counts = torch.stack([(batch.labels != IGNORE).sum(), (batch.documents != PADDING).sum()])
         scored, tokens = self.total(counts, self.mesh.data).tolist()
-        return batch, Shares(tokens, len(batch) * layout.data_ranks), scored
+        shares = Shares(tokens, len(batch) * layout.data_ranks)
+        tables = torch.promote_types(self.compute, torch.float32)
 
-    def forward(self, piece: Batch, key: Tensor | None, shares: Shares) -> dict[str, Tensor]:
-        layout, length = self.mesh.layout, piece.tokens.shape[1] * self.mesh.layout.cp
-        seq = Sequence(
-            piece.positions,
-            piece.documents,
-            piece.rows,
-            key,
-            torch.promote_types(DTYPES[self.recipe.precision.compute], torch.float32),
-            index=context.zigzag(length, layout.cp, self.mesh.coordinate("cp")).to(self.device),
-            length=length,
-            shares=shares,
-        )
-        sums = self.model(piece.tokens, seq, piece.labels)
-        return {**sums, **self.noted(seq)}
+        def place(piece: Batch) -> Sequence:
+            where = piece.positions, piece.documents, piece.rows
+            return Sequence(*where, key, tables, index=index, length=length, shares=shares)
 
-    def noted(self, seq: Sequence) -> dict[str, Tensor]:
-        """What blocks recorded, added over layers; every name that any block of the whole model may record."""
-        notes = dict.fromkeys(self.records, torch.zeros((), dtype=torch.float64, device=self.device))
-        for (name, _), value in seq.records.items():
-            notes[name] = notes[name] + value
-        return notes
-
-    def sync(self, *, last: bool) -> None:
-        """Sum gradients over replicas once a step; over shards after each micro-batch, so only shards are kept."""
-        if isinstance(self.model, FSDPModule):
-            for unit in fully_shard.units(self.model):
-                unit.set_requires_all_reduce(last)
-            self.model.set_is_last_backward(last)
+        pieces = list(batch.split(self.recipe.train.micro_batch or len(batch)))
+        return Forward(pieces, place, self.terms, self.records, scored)
 
     def total(self, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         if group.size() > 1:
             dist.all_reduce(x, group=group)
         return x
 
-    def losses(self, sums: dict[str, Tensor], scored: int) -> Losses:
-        """Sums of the objective are the same on all ranks of a tp group, notes of blocks are a part on every rank."""
-        names = sorted(name for name in sums if name != "total")
-        values = torch.stack([sums[name].double() for name in names])
-        noted = torch.tensor([name in self.records for name in names], device=self.device)
+    def losses(self, forward: Forward) -> Losses:
+        """Terms of the objective are the same on all ranks of a tp group, records a part on every rank."""
+        names, scored = list(forward.sums), forward.scored
+        values = torch.stack([value.double() for value in forward.sums.values()])
+        recorded = torch.tensor([name in self.records for name in names], device=self.device)
         if self.mesh.coordinate("tp") > 0:
-            values = values * noted
-        values = self.total(values, dist.group.WORLD) / torch.where(noted, 1, max(1, scored))
+            values = values * recorded
+        values = self.total(values, dist.group.WORLD) / torch.where(recorded, 1, max(1, scored))
         terms = dict(zip(names, values.tolist(), strict=True))
         return Losses(terms.pop("loss"), terms, scored)
 
     def gradients(self) -> dict[str, Tensor]:
-        """Every whole gradient by name; for tests and `verify`, not for training."""
-        grads = {name: weight.grad for name, weight in self.model.named_parameters()}
+        """Every whole gradient of this rank's stages by name, of weights that have one; for tests and `verify`."""
+        grads = {name: weight.grad for name, weight in self.model.named_parameters() if weight.grad is not None}
         return {name: (g.full_tensor() if isinstance(g, DTensor) else g).clone() for name, g in grads.items()}
-
-
-def add(sums: dict[str, Tensor], out: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: sums.get(name, 0) + value.detach() for name, value in out.items()}

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -110,3 +111,21 @@ def refusal(path: Path, layout: Layout, width: int) -> tuple[str, bool]:
         told = str(error)
     keeper.close()
     return told, all(torch.equal(piece(tensors[name]), was) for name, was in before.items())
+
+
+def apart(path: Path, wanted: tuple[str, ...]) -> tuple[str, bool]:
+    """Two ranks save a tensor each, "model.0" and "model.1", and then ask for one of `wanted` each: the refusal, and
+    whether the tensor is as it was saved."""
+    rank = dist.get_rank()
+    describe = {"model": {f"{n}": {"shape": [3 + n], "dtype": "float32"} for n in range(2)}}
+    keeper = Store(path, CheckpointConfig(), describe=describe)
+    keeper.save(1, {f"model.{rank}": torch.full((3 + rank,), 5.0 + rank)}, {}, wait=True)
+    number = int(wanted[rank])
+    mine = {f"model.{number}": torch.zeros(3 + number)}
+    try:
+        keeper.load_latest(mine)
+        told = ""
+    except CheckpointError as error:
+        told = str(error)
+    keeper.close()
+    return told, bool((mine[f"model.{number}"] == 5.0 + number).all())

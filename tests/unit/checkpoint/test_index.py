@@ -97,6 +97,12 @@ def test_what_nobody_asks_for_makes_no_difference():
     assert index.differences(entries, {"model.x": torch.zeros(4, 2)}) == []
 
 
+def test_what_another_rank_asks_for_makes_no_difference():
+    entries = {"model.x": entry(), "model.y": entry(), "model.z": entry()}
+    lines = index.differences(entries, {"model.x": torch.zeros(4, 2)}, elsewhere={"model.x", "model.y"})
+    assert lines == ["model.z: [4, 2] float32 in the checkpoint, absent here"]
+
+
 def test_each_tensor_that_cannot_be_filled_is_named():
     entries = {"model.x": entry(), "model.y": entry()}
     lines = index.differences(entries, {"model.x": torch.zeros(4, 2).double(), "model.z": torch.zeros(1)})

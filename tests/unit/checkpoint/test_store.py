@@ -286,3 +286,13 @@ def test_a_rank_file_that_is_a_pickle_is_refused_unread(opened, tmp_path):
     with pytest.raises(CheckpointError):
         store.load(1, numbers(0))
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("wanted", ["01", "10"])
+def test_ranks_that_hold_different_tensors_save_and_load_them_as_one_model(ranks, tmp_path, wanted):
+    assert ranks(2).run(sharded.apart, tmp_path, tuple(wanted)) == [("", True)] * 2
+
+
+def test_a_tensor_that_no_rank_asks_for_is_named_on_all(ranks, tmp_path):
+    for told, _ in ranks(2).run(sharded.apart, tmp_path, ("1", "1")):
+        assert "model.0: [3] float32 in the checkpoint, absent here" in told

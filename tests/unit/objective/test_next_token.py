@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
 from shardforge.nn.batch import IGNORE
@@ -31,3 +32,9 @@ def test_the_z_term_is_reported_with_its_weight_and_is_in_the_total_only():
     torch.testing.assert_close(out["z_loss"].item(), 0.5 * 2 * math.log(8) ** 2)
     torch.testing.assert_close(out["loss"].item(), 2 * math.log(8))
     torch.testing.assert_close(out["total"], out["loss"] + out["z_loss"])
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.5])
+def test_an_objective_knows_what_it_reports_before_it_runs(z_loss):
+    made = NextTokenConfig(z_loss=z_loss).build()
+    assert {"total", *made.terms} == made(X, Even(), LABELS).keys()

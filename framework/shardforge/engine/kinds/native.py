@@ -16,6 +16,10 @@ from shardforge.core.errors import RecipeError
 from shardforge.core.options import option
 from shardforge.core.slots import engines
 from shardforge.engine.native import NativeEngine
+from shardforge.engine.staged import cut
+from shardforge.model.decoder import Decoder
+from shardforge.parallel import context
+from shardforge.parallel.offload import Offload
 from shardforge.parallel.recompute import Recompute
 from shardforge.recipe.schema import Recipe
 
@@ -45,9 +49,7 @@ class NativeConfig:
         "auto", "how tokens reach the ranks of their experts"
     )
     overlap: bool = option(False, "run the gathers and sums of tp in pieces beside the matmuls that need them")
-    offload: tuple[Literal["optimizer", "activations"], ...] = option(
-        (), "what waits in the memory of the CPU while the device does not need it"
-    )
+    offload: tuple[Offload, ...] = option((), "what waits in the memory of the CPU while the device does not need it")
 
     def __post_init__(self) -> None:
         if self.compiled and self.recompute == "selective":
@@ -55,6 +57,21 @@ class NativeConfig:
                 "selective recompute cannot look into compiled blocks, where everything would be computed again",
                 fix="recompute: full, or compiled: false",
             )
+        if self.recompute == "selective" and "activations" in self.offload:
+            raise RecipeError(
+                "what selective recompute keeps stays on the device, out of reach of offload: [activations]",
+                fix="recompute: full or none, or no activations in offload",
+            )
+        if self.overlap and self.compiled:
+            raise RecipeError(
+                "overlap waits for collectives inside a block, which torch.compile cannot trace",
+                fix="overlap: false, or compiled: false",
+            )
+
+    def check(self, recipe: Recipe, model: Decoder) -> None:
+        """Refuse what this engine cannot do with a recipe, all at once; `model` needs no storage."""
+        context.check(model, recipe.parallel, self.context)
+        cut(recipe, self, model)
 
     def build(self, recipe: Recipe, device: torch.device) -> NativeEngine:
         return NativeEngine(recipe, self, device)

@@ -36,6 +36,7 @@ class NextToken(Module):
     def __init__(self, cfg: NextTokenConfig):
         super().__init__()
         self.z_loss = cfg.z_loss
+        self.terms = ("loss", "z_loss") if cfg.z_loss else ("loss",)
         self.split = VocabSplit()
 
     def forward(self, x: Tensor, head: Head, labels: Tensor) -> dict[str, Tensor]:  # [b, s, h], [b, s]
