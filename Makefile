@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_FLAGS ?=
 TESTS ?= tests
+PART ?= 1/1
 
 venv := .venv/bin/python
 pip := PYTHONWARNINGS=ignore $(venv) -m pip install -qq $(PIP_FLAGS) -c tools/dev/constraints.txt
@@ -9,16 +10,19 @@ threads := OMP_NUM_THREADS=1
 described := pyproject.toml tools/dev/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help pretrain test check lint wheel clean
+.PHONY: help pretrain test verify-all check lint wheel clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
 
 pretrain: .venv/.stamp-run ## train a small model on two processes: data, stop, resume, samples, report
 	@$(venv) tools/pretrain.py
 
 test: .venv/.stamp-test ## every test that needs no GPU; TESTS=tests/repo runs one group
-	@$(threads) $(venv) -m pytest -m "not gpu" --durations=15 $(TESTS)
+	@$(threads) $(venv) -m pytest -m "not gpu and not full" --durations=15 $(TESTS)
+
+verify-all: .venv/.stamp-test ## any layout equals one process, for the whole product; PART=3/16 runs one part of it
+	@$(threads) PART=$(PART) $(venv) -m pytest -m full -s tests/equivalence/test_matrix.py
 
 check: .venv/.stamp-test ## the one command before a commit: format, imports, sizes, types, fast tests
 	@tools/dev/check
