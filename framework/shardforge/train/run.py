@@ -24,6 +24,7 @@ from shardforge.observe.audience import Audience
 from shardforge.observe.base import Observer, RunInfo
 from shardforge.observe.jsonl import MetricsFile
 from shardforge.observe.progress import display
+from shardforge.plan.ranks import summary
 from shardforge.precision.types import DTYPES
 from shardforge.recipe.load import Loaded, load
 from shardforge.recipe.provenance import content_hash, differences, dump, plain
@@ -181,4 +182,6 @@ def write_identity(loaded: Loaded, run_dir: RunDir, data: Loader, step: int, wor
         device=f"{world.size} x {name}",
     )
     provenance.append(run_dir.provenance, entry)
+    for line in summary(recipe.parallel, int(os.environ.get("LOCAL_WORLD_SIZE", world.size))) if world.size > 1 else ():
+        log.info("%s", line)
     log.info("run directory %s, layout %s, %s", run_dir.path, recipe.parallel, units.count(data.samples) + " samples")

@@ -15,7 +15,7 @@ DEGREES = st.integers(1, 4)
 SMALL = st.integers(1, 2)
 ORDERS = st.permutations(["pp", "rep", "dp", "cp", "tp"]).map("-".join)
 DENSE = st.builds(Layout, pp=SMALL, dp_replicate=SMALL, dp_shard=DEGREES, cp=SMALL, tp=DEGREES, order=ORDERS)
-LAYOUTS = st.one_of(DENSE, st.builds(Layout, dp_shard=st.just(6), tp=SMALL, cp=SMALL, ep=st.sampled_from([1, 2, 3, 6])))
+LAYOUTS = st.one_of(DENSE, st.builds(Layout, dp_shard=st.just(6), tp=SMALL, ep=st.sampled_from([1, 2, 3, 6]), order=ORDERS))
 HIDDEN = Dim("hidden", 64)
 
 
@@ -103,6 +103,17 @@ def test_ranks_of_an_expert_axis_cover_each_rank_once(layout: Layout):
     for axis in EXPERT_AXES:
         groups = {layout.ranks(axis, rank) for rank in range(layout.world_size)}
         assert sorted(rank for group in groups for rank in group) == list(range(layout.world_size))
+
+
+@given(LAYOUTS)
+def test_places_within_a_stage_and_a_replica_ascend_with_the_rank(layout: Layout):
+    """torch sorts the ranks of a group, so a mesh in another order would send weights to the wrong ranks."""
+    inside = layout.world_size // layout.pp // layout.dp_replicate
+    placed = layout.placed()
+    for start in range(0, layout.world_size, inside):
+        assert list(placed[start : start + inside]) == sorted(placed[start : start + inside])
+        where = [layout.expert_coordinates(rank) for rank in placed[start : start + inside]]
+        assert where == sorted(where, key=lambda here: (here["efsdp"], here["ep"], here["etp"]))
 
 
 @given(LAYOUTS)

@@ -21,6 +21,12 @@ def test_a_missing_package_names_the_feature_the_field_and_the_extra():
     )
 
 
+def test_a_package_that_no_extra_brings_comes_with_its_own_fix():
+    with pytest.raises(LaunchError) as caught:
+        require("no_such_package", for_="sending", fix="build it")
+    assert caught.value.fix == "build it"
+
+
 @pytest.mark.parametrize(
     ("module", "there"), [("json", True), ("no_such_package", False), ("no_such_package.part", False)]
 )

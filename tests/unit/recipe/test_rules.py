@@ -92,6 +92,15 @@ def test_the_smallest_recipe_breaks_no_rule():
             "train.seq_len: 33 tokens cannot be split 2 ways over tp | 32 and 34 are the nearest that work",
         ),
         (
+            {"train__seq_len": 34, "parallel__cp": 2},
+            "train.seq_len: 34 tokens cannot be cut into 2 x 2 chunks over cp | 32 and 36 are the nearest that work",
+        ),
+        (
+            {"train__seq_len": 36, "parallel__cp": 2, "parallel__tp": 4},
+            "train.seq_len: 36 tokens cannot be cut into 2 x 2 chunks over cp, with the two chunks of each rank split "
+            "4 ways over tp | 32 and 40 are the nearest that work",
+        ),
+        (
             {"model__vocab": 65, "parallel__tp": 2},
             "model.vocab: 65 rows cannot be split 2 ways over tp | "
             "vocab=66 works; rows beyond the tokenizer are never a target",
