@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -45,6 +46,12 @@ def compare(ranks, expected: dict[str, torch.Tensor], layout: str, changes: dict
 @pytest.mark.parametrize("case", CASES)
 def test_any_layout_equals_one_process(ranks, alone, case, layout):
     compare(ranks, alone(case), layout, CASES[case])
+
+
+@pytest.mark.parametrize(("layout", "order"), [("dp2-cp2", "pp-rep-cp-dp-tp"), ("dp2-tp2-ep4", "tp-rep-pp-cp-dp")])
+def test_any_order_of_ranks_equals_one_process(ranks, alone, layout, order):
+    wanted = replace(Layout.parse(layout), order=order)
+    assert_same(ranks(4).run(two_steps, wanted, CASES["ffn-moe"])[0], alone("ffn-moe"))
 
 
 @pytest.mark.parametrize("layout", ["one", *LAYOUTS])

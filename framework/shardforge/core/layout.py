@@ -145,8 +145,9 @@ class Layout:
 
     def expert_coordinates(self, rank: int) -> dict[str, int]:
         """The same over `EXPERT_AXES`."""
-        here = self.coordinates(rank)
-        inside = (here["dp_shard"] * self.cp + here["cp"]) * self.tp + here["tp"]
+        here, inside = self.coordinates(rank), 0
+        for axis in self.inside:
+            inside = inside * self.degree(axis) + here[axis]
         inside, etp = divmod(inside, self.etp)
         efsdp, ep = divmod(inside, self.ep)
         return {"pp": here["pp"], "dp_replicate": here["dp_replicate"], "efsdp": efsdp, "ep": ep, "etp": etp}
@@ -156,10 +157,20 @@ class Layout:
         here = self.coordinates(rank)
         return here["dp_replicate"] * self.dp_shard + here["dp_shard"]
 
+    @property
+    def inside(self) -> tuple[str, ...]:
+        """dp_shard, cp and tp from the outermost in. The ranks of a stage and a replica ascend in this order."""
+        long = {short: axis for axis, short in SHORT.items()}
+        return tuple(axis for axis in map(long.__getitem__, self.order.split("-")) if axis in AXES[2:])
+
     def placed(self) -> tuple[int, ...]:
-        """The rank at each place of the mesh, places counted with pp outermost and tp innermost."""
-        places = {tuple(self.coordinates(rank).values()): rank for rank in range(self.world_size)}
-        return tuple(places[place] for place in sorted(places))
+        """The rank at each place of the mesh, places counted with pp outermost, then replicas, then along `inside`."""
+
+        def place(rank: int) -> tuple[int, ...]:
+            here = self.coordinates(rank)
+            return (here["pp"], here["dp_replicate"], rank)
+
+        return tuple(sorted(range(self.world_size), key=place))
 
     def ranks(self, axis: str, of: int) -> tuple[int, ...]:
         """Members of the group of rank `of` along `axis`, in order."""

@@ -51,19 +51,20 @@ def build(layout: Layout, device_type: str) -> Mesh:
             f"start {layout.world_size} processes, or set parallel.dp_shard so that the product is "
             f"{dist.get_world_size()}",
         )
-    ranks = torch.tensor(layout.placed(), dtype=torch.int)
-    root = DeviceMesh(device_type, ranks, mesh_dim_names=("world",))
-    whole = root._unflatten(0, layout.shape, AXES)
+    root = DeviceMesh(device_type, torch.tensor(layout.placed(), dtype=torch.int), mesh_dim_names=("world",))
+    axes = ("pp", "dp_replicate", *layout.inside)  # torch sorts the ranks of a group: they must ascend in every mesh
+    whole = root._unflatten(0, tuple(map(layout.degree, axes)), axes)
     sparse = root._unflatten(0, layout.expert_shape, EXPERT_AXES)
-    shards = whole["dp_shard", "cp"]._flatten("fsdp")
+    rows = tuple(axis for axis in layout.inside if axis != "tp")
+    shards = whole[rows]._flatten("fsdp")
     return Mesh(
         layout,
         whole,
         fsdp=_replicated(whole, shards),
         expert=sparse["ep", "etp"],
         expert_fsdp=_replicated(sparse, sparse["efsdp"]),
-        data=whole["dp_replicate", "dp_shard", "cp"]._flatten("data").get_group(),
-        sequence=whole["cp", "tp"]._flatten("sequence").get_group(),
+        data=whole[("dp_replicate", *rows)]._flatten("data").get_group(),
+        sequence=whole[tuple(axis for axis in layout.inside if axis != "dp_shard")]._flatten("sequence").get_group(),
         experts=sparse["ep", "etp"]._flatten("experts").get_group(),
     )
 

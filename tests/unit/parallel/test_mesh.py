@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch.distributed as dist
 
@@ -20,6 +22,18 @@ def members(layout: Layout) -> tuple[list[int], list[int]]:
     return dist.get_process_group_ranks(here.data), dist.get_process_group_ranks(here.tp.get_group())
 
 
+def agreeing(layout: Layout) -> bool:
+    """Whether places in a mesh, which say what a rank holds, are places in its groups, which say what it receives."""
+    here = mesh.build(layout, "cpu")
+    meshes = [here.whole, here.fsdp, here.expert, here.expert_fsdp]
+    groups = [[each.get_group(dim).rank() for dim in range(each.ndim)] for each in meshes]
+    where = layout.coordinates(dist.get_rank()) | layout.expert_coordinates(dist.get_rank())
+    asked = (*layout.axes, "ep", "etp")
+    return groups == [list(each.get_coordinate()) for each in meshes] and all(
+        here.coordinate(axis) == where[axis] for axis in asked
+    )
+
+
 def refused(layout: Layout) -> str:
     try:
         mesh.build(layout, "cpu")
@@ -32,6 +46,12 @@ def refused(layout: Layout) -> str:
 def test_ranks_stand_where_the_layout_says(ranks, text):
     layout = Layout.parse(text)
     assert [where for where, _, _ in ranks(4).run(coordinates, layout)] == [layout.coordinates(n) for n in range(4)]
+
+
+@pytest.mark.parametrize("order", ["pp-rep-cp-dp-tp", "tp-rep-pp-cp-dp", "dp-tp-cp-rep-pp"])
+@pytest.mark.parametrize("text", ["dp2-cp2", "dp2-tp2-ep4", "cp2-tp2-ep2", "rep2-dp2-ep2"])
+def test_groups_and_meshes_agree_in_any_order_of_ranks(ranks, text, order):
+    assert all(ranks(4).run(agreeing, replace(Layout.parse(text), order=order)))
 
 
 @pytest.mark.parametrize(("text", "data"), [("dp4", [0, 1, 2, 3]), ("tp4", [0] * 4), ("rep2-tp2", [0, 0, 1, 1])])
