@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from shardforge.core.errors import LayoutError
 from shardforge.parallel import stages as cutting
 from shardforge.parallel.pipeline import Pipeline
 from shardforge.parallel.pool import Pool
@@ -99,7 +100,11 @@ def measure(schedule: str, micro_batches: int, cost: Cost, steps: int) -> float:
 def run(
     pp: int, micro_batches: int, cost: Cost, tell: Callable[[str], None], schedules: tuple[str, ...] = tuple(ORDERS)
 ) -> list[Bubble]:
-    """Every schedule over `pp` local ranks; `cost` in seconds."""
+    """Every schedule over `pp` local ranks; `cost` in seconds. LayoutError where one cannot be run."""
+    if pp < 1:
+        raise LayoutError(f"a pipeline of {pp} ranks", "--pp", "give at least 2")
+    for name in schedules:
+        cutting.check_micro_batches(name, pp, micro_batches, micro_batches)
     out = []
     with tempfile.TemporaryDirectory() as folder:
         pool = Pool(pp, Path(folder), timeout_s=600)

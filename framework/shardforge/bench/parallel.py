@@ -153,6 +153,8 @@ def run(
     """One pool of two ranks for all; layout -> what the first rank measured."""
     if unknown := [text for text in layouts if text not in LAYOUTS]:
         raise EngineError(f"no hand-written step for {unknown[0]}", "bench parallel", f"choose of {', '.join(KNOWN)}")
+    if pairs < 1:
+        raise EngineError(f"{pairs} pairs of steps have no time", "--pairs", "give at least 1")
     out: dict[str, Cost] = {}
     with tempfile.TemporaryDirectory() as folder:
         pool = Pool(2, Path(folder), timeout_s=3600)

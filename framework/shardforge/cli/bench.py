@@ -27,7 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    {"data": _data, "step": _step, "parallel": _parallel, "bubble": _bubble}[args.subject](args)
+    from shardforge.core.errors import EngineError
+    from shardforge.parallel.pool import Failure
+
+    try:
+        {"data": _data, "step": _step, "parallel": _parallel, "bubble": _bubble}[args.subject](args)
+    except Failure as failure:
+        asked = f"shardforge bench {args.subject}"
+        raise (failure.refused or EngineError(str(failure), asked, "--traceback shows more")) from failure
     return 0
 
 

@@ -20,7 +20,8 @@ class Dropout(Module):
 
     def __init__(self, rate: float, *site: object):
         super().__init__()
-        self.rate, self.salt = rate, counter.key("dropout", *site)
+        self.rate = rate
+        self.salt = torch.tensor(counter.key("dropout", *site), device="cpu")  # a number is a constant to a compiler
         self.part, self.parts = 0, 1
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:  # [b, s, h] -> [b, s, h]

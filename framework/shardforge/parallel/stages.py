@@ -219,4 +219,4 @@ def _needs(schedule: str, pp: int) -> str:
 
 
 def _fewer(layers: int) -> str:
-    return f"every stage but the two ends needs a layer: a smaller pp, a schedule with fewer stages, or over {layers}"
+    return f"every stage but the two ends needs a layer: a smaller pp, fewer stages a rank, or over {layers} layers"

@@ -22,8 +22,8 @@ def bubble_formula(
     zbv          (p-1) F             the same, section 6: where F = I = W no rank waits between its own first and last
                                      action, and ranks begin F apart; None for other costs, which have no formula
     dualpipev    (p-1) (F + 2 I - W) DeepSeek-AI 2024, arXiv:2412.19437, table 2: (PP/2 - 1) (F&B + B - 3W), for the
-                                     PP/2 ranks of two stages each and F&B = F + B, as nothing is overlapped here. An
-                                     upper bound: the first of a pair hands on its result before the second is done.
+                                     PP/2 ranks of two stages each and F&B = F + B, as nothing is overlapped here;
+                                     exact where F = I = W, else an upper bound.
     """
     cost = cost or Cost()
     known(schedule)

@@ -15,8 +15,10 @@ from torch.distributed.pipelining import schedules
 from shardforge.core.errors import RecipeError, suggest
 from shardforge.parallel.stages import ORDERS, check_micro_batches
 
-Work = Literal["F", "B", "I", "W"]
-"""Forward; whole backward; backward of the input only; backward of the weights only."""
+Work = Literal["F", "B", "I", "W", "SF", "SB"]
+"""Forward; whole backward; backward of the input only; backward of the weights only; and, of no duration, the sending of
+what a forward or a backward pass hands on."""
+SENDS = ("SF", "SB")
 
 
 class Action(NamedTuple):
@@ -34,6 +36,11 @@ def known(schedule: str) -> str:
 
 def order(schedule: str, stages: Sequence[int], micro_batches: int) -> list[list[Action]]:
     """For each rank what it works on, in order; `stages` is the rank of each stage. LayoutError where there is none."""
+    return [[action for action in row if action.work not in SENDS] for row in script(schedule, stages, micro_batches)]
+
+
+def script(schedule: str, stages: Sequence[int], micro_batches: int) -> list[list[Action]]:
+    """The same with every send to another rank where it stands: some schedules work on before they hand on."""
     made = getattr(schedules, ORDERS[known(schedule)].runner)
     ranks = max(stages) + 1
     check_micro_batches(schedule, ranks, micro_batches, micro_batches)
@@ -74,5 +81,13 @@ class _Stage:
     def _nothing(self, *args: Any, **kwargs: Any) -> list[Any]:
         return []
 
-    get_fwd_recv_ops = get_bwd_recv_ops = get_fwd_send_ops = get_bwd_send_ops = _nothing
+    def get_fwd_send_ops(self, micro: int) -> list[Any]:
+        self.seen.append(Action("SF", self.stage_index, micro))
+        return []
+
+    def get_bwd_send_ops(self, micro: int) -> list[Any]:
+        self.seen.append(Action("SB", self.stage_index, micro))
+        return []
+
+    get_fwd_recv_ops = get_bwd_recv_ops = _nothing
     set_local_fwd_input = set_local_bwd_input = get_local_bwd_output = perform_reduce_grad = _nothing

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from shardforge.plan.order import Action, Work, order
+from shardforge.plan.order import SENDS, Action, Work, script
 
 
 @dataclass(frozen=True)
@@ -108,26 +108,32 @@ def simulate(
 
     LayoutError for a number of micro-batches that the schedule cannot run.
     """
-    rows = order(schedule, stages, micro_batches)
+    rows = script(schedule, stages, micro_batches)
+    at = [0] * len(rows)
     done: dict[Action, float] = {}
+    sent: dict[Action, float] = {}
     free = [0.0] * len(rows)
     spans: list[list[Span]] = [[] for _ in rows]
     waiting = True
     while waiting:
         waiting = False
         for rank, row in enumerate(rows):
-            while len(spans[rank]) < len(row):
-                action = row[len(spans[rank])]
-                needed = _needed(action, len(stages))
-                if any(each not in done for each in needed):
-                    break
-                arrived = [done[each] + latency * (stages[each.stage] != rank) for each in needed]
-                start = max([free[rank], *arrived])
-                end = free[rank] = start + costs[action.stage].of(action.work)
-                done[_settled(action)] = end
-                spans[rank].append(Span(start, end, action))
+            while at[rank] < len(row):
+                action = row[at[rank]]
+                if action.work in SENDS:
+                    sent[action._replace(work="F" if action.work == "SF" else "I")] = free[rank] + latency
+                else:
+                    needed = _needed(action, len(stages))
+                    known = [done if stages[each.stage] == rank else sent for each in needed]
+                    if any(each not in there for each, there in zip(needed, known, strict=True)):
+                        break
+                    start = max([free[rank], *(there[each] for each, there in zip(needed, known, strict=True))])
+                    end = free[rank] = start + costs[action.stage].of(action.work)
+                    done[_settled(action)] = end
+                    spans[rank].append(Span(start, end, action))
+                at[rank] += 1
                 waiting = True
-    stuck = [str(row[len(done_)]) for row, done_ in zip(rows, spans, strict=True) if len(done_) < len(row)]
+    stuck = [str(row[place]) for row, place in zip(rows, at, strict=True) if place < len(row)]
     assert not stuck, f"{schedule} waits for ever at {stuck}"
     return Timeline(schedule, micro_batches, tuple(stages), tuple(tuple(row) for row in spans))
 

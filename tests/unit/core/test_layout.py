@@ -16,7 +16,7 @@ SMALL = st.integers(1, 2)
 ORDERS = st.permutations(["pp", "rep", "dp", "cp", "tp"]).map("-".join)
 DENSE = st.builds(Layout, pp=SMALL, dp_replicate=SMALL, dp_shard=DEGREES, cp=SMALL, tp=DEGREES, order=ORDERS)
 LAYOUTS = st.one_of(
-    DENSE, st.builds(Layout, dp_shard=st.just(6), tp=SMALL, ep=st.sampled_from([1, 2, 3, 6]), order=ORDERS)
+    DENSE, st.builds(Layout, dp_shard=st.just(6), tp=SMALL, cp=SMALL, ep=st.sampled_from([1, 2, 3, 6]), order=ORDERS)
 )
 HIDDEN = Dim("hidden", 64)
 

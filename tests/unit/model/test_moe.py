@@ -158,6 +158,11 @@ def test_more_choices_than_experts_are_refused():
         moe(k=5)
 
 
+def test_a_mixture_as_shared_expert_is_refused():
+    with pytest.raises(ForgeError, match="a mixture that every token goes through, in a mixture"):
+        tiny(ffn=MOE | {"shared": MOE})
+
+
 def test_a_dry_run_has_the_shapes_of_a_run():
     module = moe(shared=GLU, capacity=1.0, balance=0.1, z_loss=0.1).to("meta")
     with FakeTensorMode(allow_non_fake_inputs=True):

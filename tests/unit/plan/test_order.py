@@ -8,7 +8,7 @@ from torch.distributed.pipelining import schedules
 
 from shardforge.core.errors import LayoutError, RecipeError
 from shardforge.parallel.stages import ORDERS
-from shardforge.plan.order import Action, _Stage, order
+from shardforge.plan.order import Action, _Stage, order, script
 from tests.unit.plan.conftest import even
 
 
@@ -34,7 +34,7 @@ def test_a_rank_works_on_its_own_stages_only(schedule: str):
 @pytest.mark.parametrize("schedule", ORDERS)
 def test_the_order_is_that_of_a_schedule_made_for_each_rank(schedule: str):
     stages, made = even(schedule, 4), getattr(schedules, ORDERS[schedule].runner)
-    for rank, row in enumerate(order(schedule, stages.ranks, 8)):
+    for rank, row in enumerate(script(schedule, stages.ranks, 8)):
         seen: list[Action] = []
         mine = [_Stage(stage, len(stages), rank, 4, seen) for stage in stages.held(rank)]
         runner = made(mine if hasattr(made, "register_custom_function") else mine[0], 8, loss_fn=torch.add)
@@ -57,3 +57,9 @@ def test_a_misspelt_schedule_is_told_with_the_nearest_name():
 def test_too_few_micro_batches_are_refused():
     with pytest.raises(LayoutError, match="dualpipev over pp=2 cannot run 3 micro-batches"):
         order("dualpipev", even("dualpipev", 2).ranks, 3)
+
+
+def test_a_result_is_handed_on_after_the_pair_that_dualpipev_works_on():
+    row = script("dualpipev", even("dualpipev", 4).ranks, 8)[0]
+    pair = next(n for n, action in enumerate(row) if action.work == "SB" and row[n - 1].work == "SF")
+    assert {action.work for action in row[pair - 3 : pair - 1]} == {"F", "B"}

@@ -58,6 +58,8 @@ class MoEConfig:
     def __post_init__(self) -> None:
         if self.k > self.experts:
             raise RecipeError(f"k={self.k} of experts={self.experts} cannot be chosen", fix=f"k: {self.experts}")
+        if isinstance(self.shared, MoEConfig):
+            raise RecipeError("a mixture that every token goes through, in a mixture", "shared", "give it another kind")
 
     def build(self, ctx: BuildContext) -> MoE:
         return MoE(self, ctx)
@@ -119,7 +121,7 @@ class MoE(Module):
         if self.split.group is not None:
             keep = keep[:, self.split.places(seq)]
         dropped = ((~keep).sum(-1) * (documents != PADDING)).sum()
-        seq.record("dropped", self.layer, dropped.double() / max(1, seq.shares.tokens))
+        self.note("dropped", dropped.double() / max(1, seq.shares.tokens), seq)
         return expert.where(keep, NOWHERE)
 
     def charged(self, y: Tensor, routing: Routing, seq: Sequence) -> Tensor:
@@ -133,8 +135,11 @@ class MoE(Module):
         return y
 
     def noted(self, y: Tensor, name: str, loss: Tensor, seq: Sequence) -> Tensor:
-        seq.record(name, self.layer, loss)
+        self.note(name, loss, seq)
         return charge(y, loss)
+
+    def note(self, name: str, value: Tensor, seq: Sequence) -> None:
+        seq.record(name, self.layer, value)
 
     def imbalance(self, routing: Routing, real: Tensor) -> Tensor:
         """This rank's part of the sum over sequences of sum_i f_i P_i.
