@@ -6,6 +6,7 @@ import functools
 import itertools
 import random
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from shardforge.core import slots
@@ -57,6 +58,7 @@ FACTORS: Mapping[str, list[str]] = {
     "data": ["packed", "padded"],
     "overlap": ["false", "true"],
     "offload": ["none", "optimizer", "activations"],
+    "order": [Layout().order, "tp-rep-pp-cp-dp"],
 }
 STILL = {"context": "auto", "dispatch": "auto", "overlap": "false", "schedule": "none"}
 """What a factor is where its axis has one rank and it would change nothing."""
@@ -164,9 +166,20 @@ def changes(row: Row) -> dict[str, Any]:
     return MODELS[row["model"]] | {"engine": engine, "train": train}
 
 
+def layout(row: Row) -> Layout:
+    return replace(Layout.parse(row["layout"]), order=row["order"])
+
+
 def title(row: Row) -> str:
     """Short and unique: the values that are not at rest."""
-    rest = {"zero": "3", "recompute": "none", "micro_batch": "whole", "data": "packed", "offload": "none"} | STILL
+    rest = {
+        "zero": "3",
+        "recompute": "none",
+        "micro_batch": "whole",
+        "data": "packed",
+        "offload": "none",
+        "order": Layout().order,
+    } | STILL
     return " ".join(f"{name}={value}" for name, value in row.items() if rest.get(name) != value)
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable
@@ -18,11 +19,12 @@ from torch.distributed.tensor import DTensor
 
 from shardforge.checkpoint import state
 from shardforge.core.errors import LayoutError
+from shardforge.core.layout import Layout
 from shardforge.engine import native
 from shardforge.engine.forward import Forward
 from shardforge.model.ffns import moe
 from shardforge.model.routing import Routing
-from shardforge.nn import collectives, linear, module, record
+from shardforge.nn import collectives, linear, module, overlap, record
 from shardforge.nn.batch import IGNORE
 from shardforge.nn.head import VocabSplit
 from shardforge.optim import clip
@@ -317,3 +319,42 @@ def refusing_engine() -> None:
         raise LayoutError("no engine for this", "parallel", "another engine")
 
     native.check_fit = check_fit
+
+
+def padding_counts() -> None:
+    """Positions without a token count in the share of the router's loss."""
+
+    def forward(engine: native.NativeEngine, batch: Any, key: Tensor | None) -> Forward:
+        out, place = right(engine, batch, key), None
+        place = out.place
+
+        def padded(piece: Any) -> Any:
+            seq = place(piece)
+            every = batch.tokens.numel() * engine.mesh.layout.data_ranks
+            seq.shares = dataclasses.replace(seq.shares, tokens=every)
+            return seq
+
+        out.place = padded
+        return out
+
+    right = native.NativeEngine.forward
+    native.NativeEngine.forward = forward
+
+
+def piece_lost() -> None:
+    """The last piece of an overlapped sum over tp is lost on the way back."""
+
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        found = right(ctx, grad)
+        last = found[0].shape[1] // overlap.PIECES
+        found[0][:, -last:] = 0
+        return found
+
+    right = overlap._ProductScatterSum.backward
+    overlap._ProductScatterSum.backward = staticmethod(backward)
+
+
+def ranks_astray() -> None:
+    """Meshes whose ranks do not ascend, while torch sorts the ranks of their groups."""
+    right = Layout.placed
+    Layout.placed = lambda layout: tuple(reversed(right(layout)))

@@ -16,7 +16,7 @@ from shardforge.core.layout import Layout
 from shardforge.model.routers.topk import TopK
 from shardforge.nn import dispatch
 from shardforge.nn.tokens import TokenSplit
-from tests.equivalence.cases import two_steps
+from tests.equivalence.cases import compiled_two_steps, two_steps
 from tests.equivalence.traps import replaced
 from tests.tiny import GLU, LENGTH, SEQUENCES, assert_same
 from tests.tiny_kinds import MOE
@@ -126,3 +126,12 @@ def test_a_wrong_gradient_behind_a_right_loss_is_caught(ranks, alone, mistake, l
     assert torch.allclose(got["0 loss"][0], expected["0 loss"][0], rtol=1e-12)
     with pytest.raises(AssertionError, match=f"0 grad blocks.0.ffn.{wrong}"):
         assert_same(got, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "kind"), [("dp2-ep2", "exchange"), ("tp2-ep2", "gather")])
+def test_compiled_experts_equal_eager_ones(ranks, alone, layout, kind):
+    changes = CASES["limited"] | {"engine": {"compiled": True, "dispatch": kind}}
+    got = together(ranks, layout, changes, compiled_two_steps)
+    got.pop("graphs")
+    assert_same(got, alone("limited"))

@@ -25,7 +25,7 @@ def alone(ranks):
 
 
 def compare(ranks, alone, row: Row) -> None:
-    layout = Layout.parse(row["layout"])
+    layout = matrix.layout(row)
     got = ranks(layout.world_size).run(two_steps, layout, matrix.changes(row), row["data"])[0]
     assert_same(got, alone(row["model"], row["data"]))
 

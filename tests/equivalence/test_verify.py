@@ -21,6 +21,7 @@ from tests.tiny import GLU, GQA, RTOL, tiny
 
 MOE = {"kind": "moe", "experts": 4, "k": 2, "inner": 8, "balance": 0.01}
 MICRO = {"train": {"steps": 2, "sequences": 8, "seq_len": 16, "micro_batch": 2}}
+OVERLAPPED = {"engine": {"kind": "native", "overlap": True}}
 TIED = {"model": {"head": "tied"}}
 BIASES = {"mixer": GQA | {"bias": "all"}, "ffn": GLU | {"bias": True}}
 
@@ -52,6 +53,7 @@ SEEDED = (
     Seeded("norm_of_matrices", "dp2", "clip_norm", "the clip norm leaves out norms"),
     Seeded("norm_counts_copies", "tp2", "clip_norm", "counts norms twice (the degree of tp)"),
     Seeded("auxiliary_twice", "dp2", "backward", LAST, FIRST, {"ffn": MOE}),
+    Seeded("padding_counts", "dp2", "terms", "the term router_z differs", FIRST, {"ffn": MOE | {"z_loss": 0.1}}),
     # 2: Megatron-LM#1446, #737; torchtitan PR#4490: gradients under tensor and sequence parallelism
     Seeded("bare_reader", "tp2", "partial", "(norms): their gradient is a partial sum", "blocks.0.mixer_residual.norm"),
     Seeded("bias_on_every_rank", "tp2", "multiple", "biases are counted twice over tp", "blocks.0.mixer.out", BIASES),
@@ -60,15 +62,18 @@ SEEDED = (
     # 4: transformers#48687, pytorch#160285: routers and experts
     Seeded("experts_twice", "dp2-ep2", "multiple", "experts are counted twice", "blocks.0.ffn.experts", {"ffn": MOE}),
     Seeded("routers_of_own_experts", "dp2-ep2", "backward", LAST, FIRST, {"ffn": MOE}),
+    Seeded("bare_reader", "tp2-ep2", "partial", "is a partial sum", "blocks.0", {"ffn": MOE}),  # Megatron-LM#619
     # 5: Megatron-LM#7117; DeepSpeed#8437: an update that depends on the layout
     Seeded("update_by_shard", "dp2", "optimizer", "the optimizer depends on the layout", FIRST),
     # 6: Megatron-Bridge#3826: data-parallel variants that do not train
     Seeded("never_summed", "dp2", "guessed", "gradients are not summed over data ranks", FIRST),
     Seeded("gradients_lost", "dp2", "lost", "got none", "blocks.1.mixer_residual.norm.weight"),
     Seeded("twins_apart", "pp2", "some", "only the gradients of the embedding differ", FIRST, TIED | MICRO),
+    Seeded("piece_lost", "tp2", "backward", "meets blocks.1.ffn.up", FIRST, OVERLAPPED),  # Megatron-Bridge#2403
     # and what no list has yet: first weights, a resume, copies, evaluation
     Seeded("seeded_by_rank", "dp2", "start", "the first weights depend on the layout", FIRST),
     Seeded("forgotten_moments", "dp2", "resumed", "not what was saved", ""),
+    Seeded("ranks_astray", "dp2-tp2-ep4", "start", "the first weights depend on the layout", FIRST, {"ffn": MOE}),
     Seeded("drifting_copies", "tp2", "copies", "hold different numbers: blocks.0"),
     Seeded("doubled_evaluation", "dp2", "held_out", "only evaluation differs"),
 )

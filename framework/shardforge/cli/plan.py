@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,6 +92,7 @@ def _dry_run(recipe: Recipe, rank: int | None) -> None:
 
 def _schedule(recipe: Recipe, args: argparse.Namespace) -> None:
     from shardforge.core.errors import LayoutError
+    from shardforge.engine.staged import halves
     from shardforge.parallel.stages import ORDERS
     from shardforge.plan import schedule
     from shardforge.plan.order import known
@@ -112,6 +114,9 @@ def _schedule(recipe: Recipe, args: argparse.Namespace) -> None:
         what = "\n    ".join(["no schedule can run this", *refused])
         raise LayoutError(what, "--schedule", "a smaller --pp, or other --micro-batches")
     print("\n".join(_shown(plans[0]) if args.schedule else [*schedule.table(plans), *refused]))
+    if args.schedule:
+        for error in halves(dataclasses.replace(recipe.engine, schedule=args.schedule)):
+            print(f"this recipe is refused with it: {error.what}; {error.fix}")
     if args.png:
         from shardforge.plan.drawing import draw
 

@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 all equal, 1 something differs or failed, 2 bad input."""
+    import dataclasses
     import json
 
     import torch
@@ -44,8 +45,10 @@ def run(args: argparse.Namespace) -> int:
     from shardforge.verify.verdict import as_json, conclusion
 
     torch.set_num_threads(1)  # the ranks are forked from here, and a forked process cannot use its parent's threads
+    recipe = load(args.recipe, args.sets).recipe
+    order = recipe.parallel.order
     wanted = Wanted(
-        layouts=tuple(Layout.parse(text) for text in args.layouts or ()),
+        layouts=tuple(dataclasses.replace(Layout.parse(text), order=order) for text in args.layouts or ()),
         every=args.all,
         processes=args.processes,
         steps=args.steps,
@@ -55,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     def say(text: str) -> None:
         print(text, file=sys.stderr if args.json else sys.stdout, flush=True)
 
-    report = verify(load(args.recipe, args.sets).recipe, wanted, say)
+    report = verify(recipe, wanted, say)
     print(json.dumps(as_json(report), indent=2) if args.json else conclusion(report))
     if args.traceback:
         print("\n".join(each.details for each in report.verdicts if each.details), file=sys.stderr)

@@ -204,7 +204,7 @@ class Loader:
         samples = [(source, index) for source, quota in enumerate(quotas) for index in range(quota)]
         padded = samples + [None] * (-len(samples) % self.ranks)
         rows = self._mine(len(padded))
-        size = self.train.micro_batch or max(1, self.train.sequences // self.ranks)
+        size = max(1, self.train.sequences // self.ranks)  # a whole step: a pipeline fills once
         for start in range(rows.start, rows.stop, size):
             part = range(start, min(start + size, rows.stop))
             yield self._assemble("held_out", part, padded[part.start : part.stop])

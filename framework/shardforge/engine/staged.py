@@ -70,7 +70,7 @@ def cut(recipe: Recipe, cfg: NativeConfig, model: Decoder) -> Stages | None:
         if cfg.stages is not None:
             raise LayoutError(f"{cfg.stages!r} cuts a pipeline, but pp=1", stages.WHERE, "leave it empty, or raise pp")
         return None
-    problems += _halves(cfg)
+    problems += halves(cfg)
     try:
         found = stages.cut(cfg.schedule, pp, cfg.stages, work(model, recipe.train.seq_len))
         problems += _bare(model, found)
@@ -103,7 +103,7 @@ def sizes(train: TrainConfig) -> list[int]:
     return [*range(ramp.start, train.sequences, ramp.increment), train.sequences] if ramp else [train.sequences]
 
 
-def _halves(cfg: NativeConfig) -> Iterator[ForgeError]:
+def halves(cfg: NativeConfig) -> Iterator[ForgeError]:
     """What a schedule that splits the backward pass cannot have."""
     if not ORDERS[cfg.schedule].split:
         return

@@ -129,6 +129,7 @@ class Pipeline:
                         arrived[ahead, micro] = out, None
                     elif ahead < len(self.stages):
                         there = self.stages.ranks[ahead]
+                        sent = [(x, send) for x, send in sent if not send.is_completed()]
                         sent.append((out, dist.isend(out, group=self.group, group_dst=there)))
                 elif ahead in self.parts:
                     buffer, there = torch.empty_like(streams[micro], device=self.device), self.stages.ranks[stage]

@@ -76,9 +76,7 @@ def report(recipe: Recipe, rank: int | None, tell: Callable[[str], None]) -> Non
         found = stages_dry_run(recipe, cut, tell)
     else:
         found = [dry_run(recipe, rank or 0)]
-    rows = [
-        ("rank", "stages", "layers", "weights", "gradients", "optimizer", "gathered", "micro-batch", "held", "peak")
-    ]
+    rows = [HEADING]
     for each in found:
         micro, held = held_of(recipe, cut, each)
         rows.append(

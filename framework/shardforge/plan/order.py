@@ -16,8 +16,8 @@ from shardforge.core.errors import RecipeError, suggest
 from shardforge.parallel.stages import ORDERS, check_micro_batches
 
 Work = Literal["F", "B", "I", "W", "SF", "SB"]
-"""Forward; whole backward; backward of the input only; backward of the weights only; and, of no duration, the sending of
-what a forward or a backward pass hands on."""
+"""Forward; whole backward; backward of the input only; of the weights only; and, of no duration, the sending of what a
+forward or a backward pass hands on."""
 SENDS = ("SF", "SB")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
@@ -131,10 +131,10 @@ def least(layout: Layout, axes: Iterable[str]) -> int:
     return min(found.world_size for found in small if found is not None and set(axes) <= set(used(found)))
 
 
-def every(axes: Sequence[str], processes: int) -> list[Layout]:
+def every(axes: Sequence[str], processes: int, order: str) -> list[Layout]:
     """Layouts of degree 2 that combine every two of `axes`, and each axis alone, dense ones at 2 and at 4."""
     experts = [axis for axis in ("ep", "etp") if axis in axes]
-    whole = Layout(**{axis: 2 for axis in axes if axis not in experts})
+    whole = placed({axis: 2 for axis in axes if axis not in experts}, order)
     options = [(1, 2) if axis in axes else (1,) for axis in SHORT]
     small = [found for degrees in itertools.product(*options) if (found := fitting(whole, degrees, processes))]
     chosen = cover(
@@ -143,10 +143,15 @@ def every(axes: Sequence[str], processes: int) -> list[Layout]:
         lambda each: pairs(used(each)),
         prefer=lambda each: (len(used(each)), *largest(each)),
     )
-    singles = [Layout(**{axis: degree}) for axis in used(whole) for degree in (2, 4) if degree <= processes]
+    singles = [placed({axis: degree}, order) for axis in used(whole) for degree in (2, 4) if degree <= processes]
     shared = next((axis for axis in ("dp_shard", "tp", "cp") if axis in axes), "")
-    singles += [Layout(**{shared: 2, axis: 2}) for axis in experts if shared and processes > 1]
+    singles += [placed({shared: 2, axis: 2}, order) for axis in experts if shared and processes > 1]
     return sorted({*chosen, *singles}, key=lambda each: (each.world_size, str(each)))
+
+
+def placed(degrees: Mapping[str, int], order: str) -> Layout:
+    given: dict[str, Any] = {**degrees, "order": order}
+    return Layout(**given)
 
 
 def micro_batches(layout: Layout, wanted: int, share: int) -> int:

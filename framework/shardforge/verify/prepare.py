@@ -36,7 +36,7 @@ def prepare(recipe: Recipe, wanted: Wanted) -> tuple[cases.Plan, Recipe, list[Ca
         recipe, notes = portable(recipe)
         plain = dataclasses.replace(recipe, engine=type(recipe.engine)())  # its options are sampled
         axes = allowed_axes(plain)
-        plan = cases.Plan(tuple(cases.every(axes, wanted.processes)), tuple(notes))
+        plan = cases.Plan(tuple(cases.every(axes, wanted.processes, recipe.parallel.order)), tuple(notes))
         if not plan.layouts:
             raise LayoutError(
                 f"these kinds run on one process only, or --processes {wanted.processes} is too few", "--all"

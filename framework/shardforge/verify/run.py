@@ -34,6 +34,8 @@ def verify(recipe: Recipe, wanted: Wanted, say: Callable[[str], None] = lambda t
     for name, number in (("processes", wanted.processes), ("steps", wanted.steps)):
         if number < 1:
             raise LaunchError(f"{number} {name} show nothing", f"--{name}", "give at least 1")
+    if wanted.timeout_s <= 0:
+        raise LaunchError(f"{wanted.timeout_s:g} seconds are no time for a rank", "--timeout", "give more than 0")
     plan, small, listed = prepare(recipe, wanted)
     with Workplace(small, wanted) as work:
         report = Report(recipe.name, sizes(small), [], list(plan.unproved) + work.untried)

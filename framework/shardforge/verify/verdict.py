@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Literal, get_args
 
-from shardforge.core.layout import SHORT
+from shardforge.core.layout import SHORT, Layout
 from shardforge.core.units import count
 from shardforge.model.build import build
 from shardforge.nn.module import declared
@@ -79,10 +79,12 @@ def sizes(small: Recipe) -> dict[str, Any]:
 def introduction(report: Report, listed: Sequence[Case]) -> str:
     """The first line: what is held against what, and how small the model is."""
     model, layouts = report.model, len({case.layout for case in listed})
+    orders = {case.layout.order for case in listed} - {Layout().order}
+    numbered = f", ranks numbered {' and '.join(sorted(orders))}" if orders else ""
     return (
         f"{report.recipe}: {layouts} layout{'s' * (layouts != 1)} against one process, in float64 to {RTOL:g} of the "
         f"norm,\non a small model of the same kinds: {count(model['weights'])} weights, hidden {model['hidden']}, "
-        f"layers {stacked(model['layers'])};\n{model['sequences']} sequences of {model['seq_len']} tokens\n"
+        f"layers {stacked(model['layers'])};\n{model['sequences']} sequences of {model['seq_len']} tokens{numbered}\n"
     )
 
 

@@ -11,6 +11,7 @@ from shardforge.core.errors import ForgeError
 from shardforge.core.layout import Layout
 from shardforge.engine.native import NativeEngine
 from shardforge.model import flops
+from shardforge.model.build import build
 from shardforge.nn.batch import IGNORE, Batch
 from tests.equivalence.cases import whole
 from tests.tiny import LENGTH, batch, part, tiny
@@ -216,3 +217,16 @@ def test_a_layout_for_another_number_of_processes_is_refused(ranks):
 def test_a_core_that_cannot_train_here_says_which_can(ranks):
     (message,) = ranks(1).run(mistake, Layout(), {"model": {"core": "flex"}})
     assert "EngineError" in message and "auto, sdpa or eager" in message
+
+
+@pytest.mark.parametrize(
+    ("engine_options", "layout", "told"),
+    [
+        ({"schedule": "gpipe"}, Layout(), ["engine.schedule: gpipe changes nothing with pp=1"]),
+        ({"overlap": True}, Layout(tp=2), []),
+        ({}, Layout(dp_shard=2, ep=2), ["parallel.ep=2 changes nothing: the model has no experts"]),
+    ],
+)
+def test_what_nothing_uses_is_said(engine_options: dict[str, Any], layout: Layout, told: list[str]):
+    recipe = tiny(layout=layout, engine={"kind": "native", **engine_options})
+    assert list(recipe.engine.idle(layout, build(recipe.model, recipe.objective.build()))) == told

@@ -7,21 +7,27 @@ Cost: none beside the collectives.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from shardforge.core.errors import RecipeError
+from shardforge.core.layout import RULES, Layout
+from shardforge.core.log import logger
 from shardforge.core.options import option
 from shardforge.core.slots import engines
 from shardforge.engine.native import NativeEngine
 from shardforge.engine.staged import cut
 from shardforge.model.decoder import Decoder
+from shardforge.nn.module import declared
 from shardforge.parallel import context
 from shardforge.parallel.offload import Offload
 from shardforge.parallel.recompute import Recompute
 from shardforge.recipe.schema import Recipe
+
+log = logger("engine")
 
 
 @engines.register("native")
@@ -72,6 +78,18 @@ class NativeConfig:
         """Refuse what this engine cannot do with a recipe, all at once; `model` needs no storage."""
         context.check(model, recipe.parallel, self.context)
         cut(recipe, self, model)
+        for line in self.idle(recipe.parallel, model):
+            log.warning("%s", line)
+
+    def idle(self, layout: Layout, model: Decoder) -> Iterator[str]:
+        """What the recipe asks for and nothing in this layout or model uses."""
+        for name, axis in {"schedule": "pp", "context": "cp", "overlap": "tp", "dispatch": "ep"}.items():
+            if getattr(self, name) != getattr(NativeConfig, name) and layout.degree(axis) == 1:
+                yield f"engine.{name}: {getattr(self, name)} changes nothing with {axis}=1"
+        split = {RULES.get(dim.name) for item in declared(model) for dim in item.dims}
+        for axis in ("ep", "etp"):
+            if layout.degree(axis) > 1 and axis not in split:
+                yield f"parallel.{axis}={layout.degree(axis)} changes nothing: the model has no experts"
 
     def build(self, recipe: Recipe, device: torch.device) -> NativeEngine:
         return NativeEngine(recipe, self, device)
