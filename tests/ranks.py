@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from shardforge.parallel import mesh
+
 TIMEOUT_S = 240
 
 
@@ -81,6 +83,7 @@ def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), TORCHINDUCTOR_COMPILE_THREADS="1")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
+    mesh.share_groups()
     while True:
         try:
             function, args = pickle.loads(pipe.recv_bytes())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from typing import Any
 from unittest.mock import patch
@@ -16,10 +15,7 @@ from shardforge.core.layout import Layout
 from shardforge.model.ffns.glu import GLU
 from shardforge.nn.record import charge
 from shardforge.nn.sequence import Sequence
-from shardforge.parallel import mesh
 from tests.tiny import RTOL, batch, part, tiny
-
-mesh.build = functools.cache(mesh.build)  # a group has threads: one mesh a layout for the life of a pool
 
 
 def two_steps(layout: Layout, changes: dict[str, Any]) -> dict[str, Tensor]:

@@ -25,7 +25,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import tests.equivalence.cases  # noqa: F401 - one mesh a layout for the life of a pool
 from shardforge.checkpoint.state import collect, table
 from shardforge.checkpoint.store import Store
 from shardforge.cli.main import main

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, device_mesh
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardforge.core.errors import LayoutError
@@ -67,6 +69,23 @@ def build(layout: Layout, device_type: str) -> Mesh:
         sequence=whole[tuple(axis for axis in layout.inside if axis != "dp_shard")]._flatten("sequence").get_group(),
         experts=sparse["ep", "etp"]._flatten("experts").get_group(),
     )
+
+
+def share_groups() -> None:
+    """From now on this process makes one group of each set of ranks, and one mesh of each layout. For pools that build
+    many layouts: a gloo group has threads that wake a hundred times a second. In training each axis has its own group,
+    so that its collectives need not wait for another axis's."""
+    global build
+    build = functools.cache(build)
+    made: dict[tuple, ProcessGroup] = {}
+
+    def new_group(ranks: list[int], **options: Any) -> ProcessGroup:
+        key = (tuple(ranks), options.get("backend"))
+        if key not in made:
+            made[key] = dist.new_group(ranks, **options)
+        return made[key]
+
+    device_mesh.new_group = new_group  # type: ignore[attr-defined]
 
 
 def _replicated(mesh: DeviceMesh, shards: DeviceMesh) -> DeviceMesh:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-import functools
 import importlib
 import multiprocessing
 import os
@@ -196,7 +195,7 @@ def _serve(pool: Pool, rank: int, pipe: Connection, others: Sequence[Connection]
         store = dist.FileStore(str(pool.folder / f"{pool.starts}.store"), pool.size)
         timeout = timedelta(seconds=2 * pool.timeout_s)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=pool.size, timeout=timeout)
-        mesh.build = functools.cache(mesh.build)  # a group has threads: one mesh a layout for the life of a rank
+        mesh.share_groups()
         if pool.tamper:
             module, _, function = pool.tamper.partition(":")
             getattr(importlib.import_module(module), function)()

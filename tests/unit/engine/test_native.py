@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import tests.equivalence.cases  # noqa: F401 - one mesh a layout for the life of a pool
 from shardforge.core.errors import ForgeError
 from shardforge.core.layout import Layout
 from shardforge.engine.native import NativeEngine

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-import tests.equivalence.cases  # noqa: F401 - one mesh a layout for the life of a pool
 from shardforge.core.layout import Layout
 from shardforge.data.loader import Loader
 from shardforge.evals.open import open_trained

@@ -4,7 +4,6 @@ import torch
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-import tests.equivalence.cases  # noqa: F401 - one mesh a layout for the life of a pool
 from shardforge.core.dims import Dim
 from shardforge.core.layout import Layout
 from shardforge.nn.init import zeros

@@ -6,7 +6,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-import tests.equivalence.cases  # noqa: F401 - one mesh a layout for the life of a pool
 from shardforge.core.layout import Layout
 from shardforge.optim.clip import clip, copies, global_norm
 from shardforge.parallel import mesh

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import tests.equivalence.cases  # noqa: F401 - one mesh a layout for the life of a pool
 from shardforge.core.errors import ForgeError
 from shardforge.core.layout import Layout
 from shardforge.nn import collectives

@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-import tests.equivalence.cases  # noqa: F401 - one mesh a layout for the life of a pool
 from shardforge.core.errors import LayoutError
 from shardforge.core.layout import Layout
 from shardforge.model.build import build

@@ -10,7 +10,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import tests.equivalence.cases  # noqa: F401 - one mesh a layout for the life of a pool
 from shardforge.core.dims import Dim
 from shardforge.core.layout import Layout
 from shardforge.engine.native import NativeEngine

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch.distributed as dist
 
-import tests.equivalence.cases  # noqa: F401 - one mesh a layout for the life of a pool
 from shardforge.core.errors import LayoutError
 from shardforge.core.layout import Layout
 from shardforge.parallel import mesh

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-import tests.equivalence.cases  # noqa: F401 - one mesh a layout for the life of a pool
 from shardforge.core.layout import Layout
 from shardforge.model.build import build
 from shardforge.nn.init import fill

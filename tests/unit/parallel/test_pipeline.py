@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import tests.equivalence.cases  # noqa: F401 - one mesh a layout for the life of a pool
 from shardforge.core.errors import EngineError
 from shardforge.core.layout import Layout
 from shardforge.parallel import mesh

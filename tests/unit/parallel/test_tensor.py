@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-import tests.equivalence.cases  # noqa: F401 - one mesh a layout for the life of a pool
 from shardforge.core.dims import Dim
 from shardforge.core.errors import LayoutError
 from shardforge.core.layout import Layout

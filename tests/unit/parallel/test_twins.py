@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-import tests.equivalence.cases  # noqa: F401 - one mesh a layout for the life of a pool
 from shardforge.core.layout import Layout
 from shardforge.model.build import build
 from shardforge.parallel import mesh
