@@ -106,7 +106,7 @@ def test_a_part_of_a_recipe_keeps_the_schema(part: dict[str, Any]):
         {"model": {"norm": {"kind": "rmsnorm", "heads": 3}}},
         {"train": {"seq_len": 1}},
         {"data": {"packing": "tight"}},
-        {"parallel": {"pp": 2}},
+        {"parallel": {"sp": 2}},
     ],
 )
 def test_a_mistake_breaks_the_schema(part: dict[str, Any]):
