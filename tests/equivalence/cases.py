@@ -15,7 +15,7 @@ from shardforge.core.layout import Layout
 from shardforge.model.ffns.glu import GLU
 from shardforge.nn.record import charge
 from shardforge.nn.sequence import Sequence
-from tests.tiny import RTOL, batch, part, tiny
+from tests.tiny import RTOL, assert_same, batch, part, tiny
 
 
 def two_steps(layout: Layout, changes: dict[str, Any]) -> dict[str, Tensor]:
@@ -33,6 +33,12 @@ def two_steps(layout: Layout, changes: dict[str, Any]) -> dict[str, Tensor]:
     held = engine.evaluate(part(batch(9), engine.mesh.data_rank, layout.data_ranks))
     out["held-out loss"] = torch.tensor(held.loss, dtype=torch.float64)
     return together({name: value.clone() for name, value in out.items()})
+
+
+def compare(ranks, expected: dict[str, Tensor], layout: str, changes: dict[str, Any]) -> None:
+    """two_steps on the layout that prints as `layout` is what `expected` says; called in the test's process."""
+    wanted = Layout.parse(layout)
+    assert_same(ranks(wanted.world_size).run(two_steps, wanted, changes)[0], expected)
 
 
 def together(mine: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -7,11 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 
 from shardforge.core.errors import ForgeError
 from shardforge.core.layout import Layout
-from tests.equivalence.cases import compiled_two_steps, two_steps
+from tests.equivalence.cases import compare, compiled_two_steps, two_steps
 from tests.tiny import LENGTH, SEQUENCES, assert_same, tiny
 from tests.tiny_kinds import GQA, OPTIONS, variants
 
@@ -35,11 +34,6 @@ AXES: dict[str, dict[str, Any]] = {
 def alone(ranks):
     """name -> the two steps of one process, computed once."""
     return functools.cache(lambda name: ranks(1).run(two_steps, Layout(), CASES[name])[0])
-
-
-def compare(ranks, expected: dict[str, torch.Tensor], layout: str, changes: dict[str, Any]) -> None:
-    wanted = Layout.parse(layout)
-    assert_same(ranks(wanted.world_size).run(two_steps, wanted, changes)[0], expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

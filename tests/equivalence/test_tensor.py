@@ -6,12 +6,11 @@ import functools
 from typing import Any
 
 import pytest
-import torch
 
 from shardforge.core.errors import ForgeError
 from shardforge.core.layout import Layout
-from tests.equivalence.cases import two_steps
-from tests.tiny import GLU, GQA, LENGTH, SEQUENCES, assert_same, tiny
+from tests.equivalence.cases import compare, two_steps
+from tests.tiny import GLU, GQA, LENGTH, SEQUENCES, tiny
 
 LAYOUTS = ["tp2", "tp4", "dp2-tp2", "rep2-tp2"]
 MLA = {
@@ -51,11 +50,6 @@ OVERLAPPED: dict[str, dict[str, Any]] = {
 def alone(ranks):
     """name -> the two steps of one process, computed once."""
     return functools.cache(lambda name: ranks(1).run(two_steps, Layout(), CASES[name])[0])
-
-
-def compare(ranks, expected: dict[str, torch.Tensor], layout: str, changes: dict[str, Any]) -> None:
-    wanted = Layout.parse(layout)
-    assert_same(ranks(wanted.world_size).run(two_steps, wanted, changes)[0], expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
