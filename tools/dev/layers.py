@@ -19,7 +19,7 @@ LEVELS = (
     ("model", "parallel", "objective", "optim", "precision", "checkpoint", "data", "observe"),
     ("engine", "families"),
     ("plan",),
-    ("train", "launch", "convert", "evals", "bench", "verify"),
+    ("train", "launch", "convert", "upcycle", "evals", "bench", "verify"),
     ("cli",),
 )
 LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages}

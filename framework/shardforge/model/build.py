@@ -13,4 +13,6 @@ def build(cfg: ModelConfig, objective: nn.Module, dtype: torch.dtype = torch.flo
     """The whole model without storage; `nn.init.fill` gives it numbers once a device is chosen."""
     with torch.device("meta"):
         model = Decoder(cfg, objective)
-    return model.to(dtype)
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)  # what modules remember keeps its type
+    return model

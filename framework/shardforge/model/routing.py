@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,16 +13,27 @@ from shardforge.core.dims import Dim
 from shardforge.model.context import BuildContext
 from shardforge.nn.linear import Linear
 from shardforge.nn.module import local
+from shardforge.nn.sequence import Sequence
+from shardforge.nn.tokens import TokenSplit
 
 
 @dataclass(frozen=True)
 class Routing:
     """Of one micro-batch; `expert` carries no gradient."""
 
-    expert: Tensor  # [b, s, k] int64, the experts of each token
+    expert: Tensor  # [b, s, k] int64, the experts of each token, or NOWHERE
     weight: Tensor  # [b, s, k] factors on what they return
     shares: Tensor  # [b, s, e] affinities as shares of 1, for the balance loss
-    logits: Tensor  # [b, s, e] for the z-loss
+    logits: Tensor  # [b, s, e] of x alone, without any bias, for the z-loss
+    counted: Tensor | None = None  # [b, s, k] what the balance loss over sequences counts, where it is not `expert`
+
+
+class Router(Protocol):
+    """What an ffn asks: a module whose call is collective over the ranks that share sequences (`split`)."""
+
+    def __call__(self, x: Tensor, seq: Sequence, split: TokenSplit) -> Routing:
+        """x [b, s/parts, h]: this rank's tokens of those that `seq` describes."""
+        ...
 
 
 class Logits(Linear):

@@ -74,8 +74,11 @@ def matrix(weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fill(model: nn.Module, seed: int) -> None:
-    """Initialise every declared weight in place. Weights must be on a real device."""
+    """Initialise every declared weight in place, and forget what modules remember. Needs a real device."""
     for item in declared(model):
         key, numbers = counter.key(seed, item.fqn), matrix(item.weight)
         for rows, columns, index in pieces(item.weight, CHUNK):
             numbers[rows, columns] = item.init(key, index, numbers.dtype)
+    for module in model.modules():
+        for name in module.__dict__.get("remembered", ()):
+            getattr(module, name).zero_()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -28,12 +28,20 @@ class Module(nn.Module):
     boundary: ClassVar[Literal["gather", "local"]] = "gather"
     enters: tuple[str, ...] = ()
     leaves: str | None = None
+    records: tuple[str, ...] = ()  # names of the 0-d sums that it notes, see Sequence.record
+    tallies: Mapping[str, int] = {}  # name -> length of the vectors that it notes for its layer alone
     slot: str = ""  # the tag by which passes find it: "block", "mixer", "ffn", ...
 
     def declare(self, name: str, *dims: Dim, init: Init) -> None:
         """Register a weight of shape [d.size for d in dims] (uninitialised until `nn.init.fill`)."""
         self.register_parameter(name, nn.Parameter(torch.empty([dim.size for dim in dims])))
         self.__dict__.setdefault("declared", {})[name] = (dims, init)
+
+    def remember(self, name: str, *dims: Dim) -> None:
+        """Register numbers that are no weights: float32 whatever the model's type is, zero at the start, saved with
+        the model, the same on every rank that has the module."""
+        self.register_buffer(name, torch.empty([dim.size for dim in dims], dtype=torch.float32))
+        self.__dict__.setdefault("remembered", []).append(name)
 
 
 @dataclass(frozen=True)

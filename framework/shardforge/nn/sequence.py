@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -39,7 +39,7 @@ class Sequence:
     positions: Tensor  # [b, s] distance from the start of the document
     documents: Tensor  # [b, s] equal numbers see each other
     rows: Tensor  # [b] index of each sequence in the whole batch of the step
-    key: Tensor | None = None  # 0-d int64, the dropout key of the step; None when nothing is dropped
+    key: Tensor | None = None  # 0-d int64, from which all chance of the step follows; None in evaluation
     dtype: torch.dtype = torch.float32  # of position tables: float32, or float64 in a float64 model
     tables: dict[Hashable, Any] = field(default_factory=dict)
     keys: Places | None = None  # of the keys that an attention core gets, where they are not of the s tokens alone
@@ -47,13 +47,20 @@ class Sequence:
     length: int | None = None  # tokens of a whole sequence; None: s
     shares: Shares = Shares()
     records: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    loads: Mapping[int, Tensor] | None = None  # by layer: the tally "load" [e] of the whole batch of this step
+    progress: float = 0.0  # share of the run's steps that are done
 
     def record(self, name: str, layer: int, value: Tensor) -> None:
-        """Note a 0-d sum over this micro-batch; the engine adds over layers, micro-batches and ranks.
+        """Note this rank's part of a sum over this micro-batch; the engine adds over micro-batches and ranks.
 
-        A recomputed block notes the same value again, which changes nothing.
+        Names in a module's `records` are 0-d and added over layers too; those in its `tallies` are vectors, kept layer
+        by layer. A recomputed block notes the same value again, which changes nothing.
         """
         self.records[name, layer] = value.detach()
+
+    @property
+    def training(self) -> bool:
+        return self.key is not None
 
     def prepare(self, name: Hashable, make: Callable[[], Any]) -> None:
         """Compute a table once, before the blocks; blocks read it from `tables`."""

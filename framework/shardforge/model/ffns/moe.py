@@ -106,7 +106,7 @@ class MoE(Module):
         return self.capacity is None
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:  # [b, s, h] -> [b, s, h]
-        routing = self.router(x, seq)
+        routing = self.router(x, seq, self.split)
         expert = routing.expert if self.dropless else self.limited(routing.expert, seq)
         y = self.dispatch(x.flatten(0, 1), expert.flatten(0, 1), routing.weight.flatten(0, 1), self.experts).view_as(x)
         if self.shared is not None:

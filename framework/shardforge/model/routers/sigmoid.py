@@ -19,6 +19,7 @@ from shardforge.core.slots import routers
 from shardforge.model.context import BuildContext
 from shardforge.model.routing import Logits, Routing
 from shardforge.nn.sequence import Sequence
+from shardforge.nn.tokens import TokenSplit
 
 TINY = 1e-20
 """Added to the sum of the weights, as in DeepSeek-V3's released code."""
@@ -41,7 +42,7 @@ class Sigmoid(Logits):
         super().__init__(experts, ctx)
         self.k, self.over, self.scale = k, cfg.over, cfg.scale
 
-    def forward(self, x: Tensor, seq: Sequence) -> Routing:  # [b, s, h]
+    def forward(self, x: Tensor, seq: Sequence, split: TokenSplit) -> Routing:  # [b, s, h]
         logits = self.logits(x)
         affinity = logits.sigmoid()
         weight, expert = affinity.topk(self.k, -1)

@@ -20,6 +20,7 @@ from shardforge.core.slots import routers
 from shardforge.model.context import BuildContext
 from shardforge.model.routing import Logits, Routing
 from shardforge.nn.sequence import Sequence
+from shardforge.nn.tokens import TokenSplit
 
 
 @routers.register("topk")
@@ -37,7 +38,7 @@ class TopK(Logits):
         super().__init__(experts, ctx)
         self.k, self.over, self.scale = k, cfg.over, cfg.scale
 
-    def forward(self, x: Tensor, seq: Sequence) -> Routing:  # [b, s, h]
+    def forward(self, x: Tensor, seq: Sequence, split: TokenSplit) -> Routing:  # [b, s, h]
         logits = self.logits(x)
         shares = logits.softmax(-1)
         weight, expert = shares.topk(self.k, -1)
