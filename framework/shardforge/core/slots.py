@@ -57,6 +57,7 @@ class Slot:
 embeddings = Slot("embedding", "shardforge.model.embeddings")
 mixers = Slot("mixer", "shardforge.model.mixers")
 positions = Slot("position", "shardforge.model.positions")
+rope_scalings = Slot("rope_scaling", "shardforge.model.scalings")
 masks = Slot("mask", "shardforge.model.masks")
 cores = Slot("core", "shardforge.model.cores")
 ffns = Slot("ffn", "shardforge.model.ffns")
@@ -74,6 +75,7 @@ observers = Slot("observer", "shardforge.observe.kinds")
 Embedding = Annotated[Any, embeddings]
 Mixer = Annotated[Any, mixers]
 Position = Annotated[Any, positions]
+RopeScaling = Annotated[Any, rope_scalings]
 Mask = Annotated[Any, masks]
 Core = Annotated[Any, cores]
 FFN = Annotated[Any, ffns]

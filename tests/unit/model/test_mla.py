@@ -27,19 +27,26 @@ TINY = {
     "v_head_dim": V,
 }
 QUERIES = [None, 7]
+YARN = {"kind": "yarn", "factor": 8.0, "original_length": 8, "mscale": 0.7, "mscale_all_dim": 1.0}
+POSITIONS = {
+    "rope": "rope",
+    "nope": "nope",
+    "yarn": {"kind": "rope", "layout": "interleaved", "base": 10.0, "scaling": YARN},
+}
 
 
-def mixer(**changes: Any) -> Module:
-    recipe = tiny(mixer=TINY | changes, model={"core": "eager"})
+def mixer(core: str = "eager", **changes: Any) -> Module:
+    recipe = tiny(mixer=TINY | changes, model={"core": core})
     ctx = BuildContext(Dim("hidden", HIDDEN), Dim("vocab", 8), 1, recipe.model.init, recipe.model.core)
     made = recipe.model.blocks["one"].mixer.build(ctx).double()
     fill(made, 1)
     return made
 
 
-def sequence(shift: int = 0) -> Sequence:
+def sequence(shift: int = 0, key: Tensor | None = None) -> Sequence:
     positions = torch.arange(LENGTH)[None] + shift
-    return Sequence(positions, torch.zeros_like(positions), torch.zeros(1, dtype=torch.int64), dtype=torch.float64)
+    rows = torch.zeros(1, dtype=torch.int64)
+    return Sequence(positions, torch.zeros_like(positions), rows, key, dtype=torch.float64)
 
 
 def run(made: Module, seq: Sequence | None = None) -> Tensor:
@@ -54,7 +61,7 @@ def numbers() -> Tensor:
     return torch.randn(1, LENGTH, HIDDEN, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def absorbed(made: MLA, scale: float) -> Tensor:
+def over_latents(made: MLA, scale: float) -> Tensor:
     """Attention over the latents themselves: W_UK goes into the query, W_UV behind the weighted sum; head by head."""
     x, seq = numbers()[0], sequence()
     made.position.prepare(seq)
@@ -79,12 +86,52 @@ def absorbed(made: MLA, scale: float) -> Tensor:
 @pytest.mark.parametrize("rank", QUERIES)
 def test_it_equals_attention_over_the_latents_with_absorbed_projections(rank):
     made = mixer(q_lora_rank=rank)
-    torch.testing.assert_close(run(made), absorbed(made, 1 / math.sqrt(D + TURNING)), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(run(made), over_latents(made, 1 / math.sqrt(D + TURNING)), rtol=1e-12, atol=1e-12)
 
 
 def test_the_scale_replaces_one_over_the_root_of_both_parts():
     made = mixer(scale=0.3)
-    torch.testing.assert_close(run(made), absorbed(made, 0.3), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(run(made), over_latents(made, 0.3), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("position", POSITIONS.values(), ids=POSITIONS)
+@pytest.mark.parametrize("rank", QUERIES)
+@pytest.mark.parametrize("core", ["eager", "sdpa"])
+def test_absorbed_evaluation_is_the_expanded_form(core, rank, position):
+    given = {"q_lora_rank": rank, "position": position, "qk_rope_head_dim": 4, "core": core}
+    expanded, absorbed = mixer(**given), mixer(evaluation="absorbed", **given)
+    torch.testing.assert_close(run(absorbed), run(expanded), rtol=1e-12, atol=1e-12)
+
+
+def test_absorbed_evaluation_keeps_documents_apart():
+    seq = sequence()
+    seq.documents[:, 5:] = 1
+    torch.testing.assert_close(run(mixer(evaluation="absorbed"), seq), run(mixer(), seq), rtol=1e-12, atol=1e-12)
+
+
+def test_absorbed_evaluation_attends_over_one_head_of_latents(monkeypatch):
+    made, shapes = mixer(evaluation="absorbed"), []
+    plain = made.core.forward
+    monkeypatch.setattr(made.core, "forward", lambda *x: shapes.append([t.shape[2:] for t in x[:3]]) or plain(*x))
+    run(made)
+    assert shapes == [[(N, R + TURNING), (1, R + TURNING), (1, R)]]
+
+
+def test_training_is_expanded_whatever_evaluation_is():
+    key = torch.tensor(3)
+    assert torch.equal(run(mixer(evaluation="absorbed"), sequence(key=key)), run(mixer(), sequence(key=key)))
+
+
+@torch.no_grad()
+def test_interleaved_channels_are_half_ones_with_the_rows_of_queries_and_keys_reordered():
+    half = mixer(qk_rope_head_dim=4)
+    other = mixer(qk_rope_head_dim=4, position={"kind": "rope", "layout": "interleaved"})
+    order = [0, 2, 1, 3]  # where the channels of (0, 1), (2, 3) stand as (0, 2), (1, 3)
+    queries = half.q.weight.unflatten(0, (N, D + 4)).clone()
+    queries[:, D:] = queries[:, D:][:, order]
+    other.q.weight.copy_(queries.flatten(0, 1))
+    other.kv_down.weight[R:] = half.kv_down.weight[R:][order]
+    torch.testing.assert_close(run(other), run(half), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("rank", QUERIES)
@@ -127,8 +174,9 @@ def test_without_shared_keys_and_with_whole_latents_it_is_attention_with_a_head_
     torch.testing.assert_close(run(latent), run(plain), rtol=1e-12, atol=1e-12)
 
 
-def test_floating_point_operations_count_both_parts_of_the_score_and_the_values():
-    assert mixer().core_flops(10) == 2 * 10 * N * (D + TURNING + V)
+@pytest.mark.parametrize("evaluation", ["expanded", "absorbed"])
+def test_floating_point_operations_count_both_parts_of_the_score_and_the_values(evaluation):
+    assert mixer(evaluation=evaluation).core_flops(10) == 2 * 10 * N * (D + TURNING + V)
 
 
 def test_an_odd_number_of_turning_channels_is_refused():

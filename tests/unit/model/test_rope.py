@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ def vectors(s: int, d: int = D) -> Tensor:
     return torch.randn(1, s, 2, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def turned(x: Tensor, positions: Tensor, dtype: torch.dtype = torch.float64, **options: float) -> Tensor:
+def turned(x: Tensor, positions: Tensor, dtype: torch.dtype = torch.float64, **options: Any) -> Tensor:
     seq = Sequence(positions[None], torch.zeros_like(positions)[None], torch.zeros(1, dtype=torch.int64), dtype=dtype)
     rope = RopeConfig(**options).build(x.shape[-1])
     rope.prepare(seq)
@@ -78,11 +79,12 @@ def test_channels_beyond_the_fraction_stay():
     assert torch.equal(turned(x, torch.arange(5), fraction=0.5)[..., D // 2 :], x[..., D // 2 :])
 
 
-def test_bfloat16_vectors_turn_in_the_type_of_the_tables_and_come_back():
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+def test_bfloat16_vectors_turn_in_the_type_of_the_tables_and_come_back(layout):
     x, positions = vectors(5).bfloat16(), torch.arange(5)
-    got = turned(x, positions, torch.float32)
+    got = turned(x, positions, torch.float32, layout=layout)
     assert got.dtype == torch.bfloat16
-    assert torch.equal(got, turned(x.float(), positions, torch.float32).bfloat16())
+    assert torch.equal(got, turned(x.float(), positions, torch.float32, layout=layout).bfloat16())
 
 
 def test_all_layers_share_one_table():
@@ -91,6 +93,36 @@ def test_all_layers_share_one_table():
         RopeConfig().build(D).prepare(seq)
     RopeConfig(base=5.0).build(D).prepare(seq)
     assert len(seq.tables) == 2
+
+
+def interleaved(x: Tensor) -> Tensor:
+    """The channels (i, i + d/2) as (2i, 2i + 1)."""
+    return torch.stack(x.chunk(2, -1), -1).flatten(-2)
+
+
+@pytest.mark.parametrize("base", [10000.0, 50.0])
+def test_the_two_layouts_are_one_function_up_to_the_order_of_channels(base):
+    x, positions = vectors(6), torch.tensor([0, 1, 2, 7, 100, 3000])
+    half = turned(x, positions, base=base)
+    assert torch.equal(turned(interleaved(x), positions, base=base, layout="interleaved"), interleaved(half))
+
+
+def test_interleaved_pairs_turn_as_in_equation_34():
+    x, position = vectors(1), 5
+    y = turned(x, torch.tensor([position]), layout="interleaved")[0, 0, 0]
+    for i in range(D // 2):
+        angle = position * 10000.0 ** (-2 * i / D)
+        a, b = x[0, 0, 0, 2 * i : 2 * i + 2].tolist()
+        expected = [a * math.cos(angle) - b * math.sin(angle), a * math.sin(angle) + b * math.cos(angle)]
+        assert y[2 * i : 2 * i + 2].tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_tables_do_not_follow_the_type_of_the_model():
+    def tables(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        seq = Sequence(torch.arange(4)[None] * 30000, torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64))
+        return RopeConfig().build(D).to(dtype).table(seq)
+
+    assert all(map(torch.equal, tables(torch.bfloat16), tables(torch.float32)))
 
 
 def test_an_odd_number_of_turning_channels_is_refused():

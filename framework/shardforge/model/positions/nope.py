@@ -24,5 +24,7 @@ class NopeConfig:
 
 
 class Nope(Module):
+    score_scale = 1.0
+
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:  # [b, s, n, d] -> [b, s, n, d]
         return x
