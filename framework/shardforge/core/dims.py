@@ -28,7 +28,7 @@ class Dim:
 
 
 def role(dims: tuple[Dim, ...]) -> str:
-    """What a weight of these dims is to an optimizer: "table", "matrix" or "vector"."""
+    """What a weight of these dims is to an optimizer: "table", "matrix" or "vector". Many experts have one each."""
     if any(dim.name == "vocab" for dim in dims) and len(dims) > 1:
         return "table"
-    return "matrix" if len(dims) > 1 else "vector"
+    return "matrix" if sum(dim.name != "expert" for dim in dims) > 1 else "vector"

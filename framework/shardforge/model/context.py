@@ -20,6 +20,7 @@ class BuildContext:
     init: InitConfig
     core: Any = None  # config of the attention core
     layer: int = 0  # index from the first layer, 0-based and global
+    ffns: tuple[Any, ...] = ()  # configs of the ffns of all layers
 
     def at(self, layer: int) -> BuildContext:
         return replace(self, layer=layer)

@@ -48,7 +48,7 @@ def uniform(key: int | Tensor, index: Tensor, dtype: torch.dtype = torch.float32
     return _shift(bits(key, index), 64 - width).to(dtype) * 2.0**-width
 
 
-def normal(key: int, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def normal(key: int | Tensor, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal by Box and Muller (1958) from the two halves of one 64-bit draw; |x| < 6.7.
 
     Computed in float64 and rounded once, so float32 and float64 weights start at the same numbers.

@@ -5,8 +5,8 @@ On CUDA torch fuses these itself; here they serve the CPU and are the definition
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +16,19 @@ from torch.autograd import Function
 CACHED = 1 << 17
 """Elements worked on at a time."""
 
+SHARPNESS = 1.702
+"""With it x * sigmoid(SHARPNESS * x) is near gelu(x); Hendrycks and Gimpel 2016, arXiv:1606.08415."""
+Pairing = Literal["half", "interleaved"]
+"""Which channels of a head turn together, see `rotate`."""
+
 
 class Curve(Protocol):
-    """An elementwise function, and `out` = its derivative at x times `grad`."""
+    """An elementwise function; slope(grad, x, out) writes `grad` times its derivative at x to `out`."""
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
-    def slope(self, grad: Tensor, x: Tensor, out: Tensor) -> None: ...
+    @property
+    def slope(self) -> Callable[[Tensor, Tensor, Tensor], object]: ...
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -37,7 +43,7 @@ class _RMSNorm(Function):
     def forward(ctx, x, weight, eps):
         rows, y = x.reshape(-1, x.shape[-1]), torch.empty_like(x, memory_format=torch.contiguous_format)
         scale = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        for part, out, each in _parts(rows, y.view_as(rows), scale):
+        for part, out, each in parts(rows, y.view_as(rows), scale):
             torch.mul(part, each, out=out).mul_(weight)
         ctx.save_for_backward(rows, weight, scale)
         return y
@@ -47,7 +53,7 @@ class _RMSNorm(Function):
         # y = w n with n = x s: dw = sum(g n), dx = s (g w - n mean(g w n))
         rows, weight, scale = ctx.saved_tensors
         dx, dweight = torch.empty_like(grad, memory_format=torch.contiguous_format), torch.zeros_like(weight)
-        for part, each, g, out in _parts(rows, scale, grad.reshape(rows.shape), dx.view(rows.shape)):
+        for part, each, g, out in parts(rows, scale, grad.reshape(rows.shape), dx.view(rows.shape)):
             n = part * each
             dn = g * n
             dweight += dn.sum(0)
@@ -76,41 +82,61 @@ class _Gated(Function):
         gate, up, curved = ctx.saved_tensors
         dgate, dup = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (gate, up))
         flat = (t.reshape(-1, gate.shape[-1]) for t in (gate, up, curved, grad, dgate, dup))
-        for g, u, c, dy, dg, du in _parts(*flat):
+        for g, u, c, dy, dg, du in parts(*flat):
             torch.mul(dy, c, out=du)
             ctx.curve.slope(dy * u, g, dg)
         return dgate, dup, None
 
 
-def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of each tensor [t, d], few enough that what is made of them stays in the cache of a core."""
-    size = max(1, CACHED // max(tensor.shape[-1] for tensor in tensors))
+def parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of each tensor [t, ...], few enough that what is made of them stays in the cache of a core."""
+    size = max(1, CACHED // max(tensor[:1].numel() for tensor in tensors)) if len(tensors[0]) else 1
     return zip(*(tensor.split(size) for tensor in tensors), strict=True)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [b, s, n, d], cos and sin [b, s, 1, d/2]: each pair (i, i + d/2) turned by its angle, in the tables' type."""
+def clamped(gate: Tensor, up: Tensor, limit: float) -> Tensor:
+    """(up + 1) * gate * sigmoid(1.702 gate), gate at most `limit` and up within +-limit: gpt-oss's gated unit."""
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (up + 1) * (gate * torch.sigmoid(SHARPNESS * gate))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: Pairing = "half") -> Tensor:
+    """x [b, s, n, d], cos and sin [b, s, 1, d/2]: each pair of channels turned by its angle, in the tables' type.
+
+    Pairs are (i, i + d/2) in the layout "half" and (2i, 2i + 1) in the layout "interleaved".
+    """
     if x.dtype == cos.dtype and not torch.compiler.is_compiling():
-        return _Rotate.apply(x, cos, sin)
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+        return _Rotate.apply(x, cos, sin, layout)
+    a, b = _pairs(x, layout)
+    return _joined(a * cos - b * sin, b * cos + a * sin, layout).to(x.dtype)
 
 
 class _Rotate(Function):
     @staticmethod
-    def forward(ctx, x, cos, sin):
+    def forward(ctx, x, cos, sin, layout):
         ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin, 1)
+        ctx.layout = layout
+        return _turned(x, cos, sin, layout, 1)
 
     @staticmethod
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
-        return _turned(grad, cos, sin, -1), None, None
+        return _turned(grad, cos, sin, ctx.layout, -1), None, None, None
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    out = x * torch.cat([cos, cos], -1)
-    (a, b), (left, right) = x.chunk(2, -1), out.chunk(2, -1)
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, layout: Pairing, sign: int) -> Tensor:
+    out = x * _joined(cos, cos, layout)
+    (a, b), (left, right) = _pairs(x, layout), _pairs(out, layout)
     left.addcmul_(b, sin, value=-sign)
     right.addcmul_(a, sin, value=sign)
     return out
+
+
+def _pairs(x: Tensor, layout: Pairing) -> tuple[Tensor, Tensor]:
+    """Views [..., d/2] of the first and of the second channel of each pair."""
+    a, b = x.chunk(2, -1) if layout == "half" else x.unflatten(-1, (-1, 2)).unbind(-1)
+    return a, b
+
+
+def _joined(a: Tensor, b: Tensor, layout: Pairing) -> Tensor:
+    return torch.cat([a, b], -1) if layout == "half" else torch.stack([a, b], -1).flatten(-2)

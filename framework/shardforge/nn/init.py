@@ -28,6 +28,17 @@ def normal(std: float) -> Init:
     return lambda key, index, dtype: counter.normal(key, index, dtype).mul_(std)
 
 
+def truncated_normal(std: float, bound: float = 2.0) -> Init:
+    """Normal numbers, drawn again where they are beyond `bound` deviations; their own deviation is then below `std`."""
+    below = math.erfc(bound / math.sqrt(2)) / 2
+
+    def draw(key: int, index: Tensor, dtype: torch.dtype) -> Tensor:
+        share = below + (1 - 2 * below) * counter.uniform(key, index, torch.float64)
+        return torch.special.ndtri(share).mul_(std).to(dtype)
+
+    return draw
+
+
 def held(weight: Tensor) -> list[Tensor]:
     """For each dimension of a weight, the global indices that this rank holds (int64)."""
     if not isinstance(weight, DTensor):

@@ -12,6 +12,7 @@ def apply(model: nn.Module, compiled: bool) -> None:
     """Compile each block in place. The compiled code runs inside FSDP's hooks and outside the slots' collectives."""
     for block in tagged(model, "block") if compiled else ():
         for module in block.modules():
-            if hasattr(module, "note"):  # under its own number: each layer would need a graph, and torch makes eight
-                module.note = torch.compiler.disable(module.note)
+            for name in ("note", "used"):  # by its own number: each layer would need a graph, and torch makes eight
+                if hasattr(module, name):
+                    setattr(module, name, torch.compiler.disable(getattr(module, name)))
         block.forward = torch.compile(block.forward)

@@ -4,7 +4,8 @@
 [b, s/tp, h] ----------> dispatch ---> of ep x etp ---> back ----> [b, s/tp, h]
 
 Where each rank holds other experts, every rank of ep x etp brings its own tokens, so the gradient of an expert is
-whole inside that group; only replicas of the group (efsdp, dp_replicate) hold parts of the sum.
+whole inside that group; only replicas of the group (efsdp, dp_replicate) hold parts of the sum. Results of etp ranks
+are added up, so the first of them alone adds the bias that follows the split width.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ def apply(model: nn.Module, mesh: Mesh, dispatch: Kind = "auto", ranks_per_node:
     make = maker(dispatch, mesh, hidden, ranks_per_node)  # collective, also on a stage of a pipeline without experts
     for module in senders:
         module.dispatch = make(module.dispatch.experts)
+    for module in tagged(model, "experts"):
+        module.once = 1.0 if mesh.coordinate("etp") == 0 else 0.0
     place(model, mesh)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from shardforge.nn.grouped import PRODUCT
 from shardforge.nn.module import tagged
 
 Recompute = Literal["none", "full", "selective"]
@@ -23,6 +24,7 @@ KEPT = {
     _aten.addmm.default,
     _aten.bmm.default,
     _aten._grouped_mm.default,
+    PRODUCT,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,

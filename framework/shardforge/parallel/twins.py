@@ -1,8 +1,9 @@
 """Weights that two stages of a pipeline read: the second has a twin of the first one's, kept equal to it.
 
-A module that reads weights of another module without owning them names its attribute in `borrowed`, as a tied head
-does with the embedding. Where the two are on different stages, the borrower gets a copy of the lender. The copy has no
-name in the model, so the optimizer, the norm and the checkpoint do not know it.
+A module that reads or runs another module without owning it names its attribute in `borrowed`, as a tied head and
+multi-token prediction do with the embedding. Where the two are on different stages, the borrower gets a copy of the
+lender. The copy has no name in the model, so the optimizer, the norm and the checkpoint do not know it; to the passes
+over a stage it is what its lender is.
 """
 
 from __future__ import annotations
@@ -42,19 +43,12 @@ def part_with_twins(parts: Mapping[int, nn.Module]) -> list[Loan]:
                 if home[lender] == stage:
                     continue
                 if lender not in twins:
-                    twins[lender] = _twin(lender)
+                    twins[lender] = copy.deepcopy(lender)
                     loans.append(Loan(lender, twins[lender], home[lender], stage))
                 module.__dict__[name] = twins[lender]
         if twins:
             part.twins = nn.ModuleList(twins.values())
     return loans
-
-
-def _twin(lender: nn.Module) -> nn.Module:
-    twin = copy.deepcopy(lender)
-    for module in twin.modules():
-        module.slot = ""  # it is read, never run: no pass has business with it
-    return twin
 
 
 class Twins:

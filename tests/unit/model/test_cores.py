@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardforge.core.errors import EngineError, LaunchError
+from shardforge.core.errors import EngineError, LaunchError, RecipeError
 from shardforge.core.slots import cores
-from shardforge.model.attention import AttentionCore
+from shardforge.model.attention import AttentionCore, kept
 from shardforge.model.cores import auto, flash
 from shardforge.model.masks.causal import Causal
 from shardforge.model.masks.window import Window
@@ -37,17 +37,22 @@ def inputs(n: int, m: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, 
     return tuple(torch.randn(B, S, heads, D, generator=generator, dtype=dtype) for heads in (n, m, m))
 
 
-def attend(core: AttentionCore, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend(core: AttentionCore, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
     seq = sequence()
     core.prepare(seq)
-    return core(q, k, v, seq)
+    return core(q, k, v, seq, sinks)
 
 
-def made(kind: str, mask: object = MASKS[0], scale: float = 0.3) -> AttentionCore:
-    return cores[kind]().build(mask, scale)
+def made(kind: str, mask: object = MASKS[0], scale: float = 0.3, sinks: bool = False) -> AttentionCore:
+    return cores[kind]().build(mask, scale, sinks)
 
 
-def naive(q: Tensor, k: Tensor, v: Tensor, mask: object, scale: float) -> Tensor:
+def sunk(n: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A sink of each of n heads, of the size of the scores."""
+    return torch.linspace(-1.0, 1.5, n, dtype=dtype)
+
+
+def naive(q: Tensor, k: Tensor, v: Tensor, mask: object, scale: float, sinks: Tensor | None = None) -> Tensor:
     """Eq. 1 of the paper, one query at a time, over the keys that its document and mask leave."""
     seq, group = sequence(), q.shape[2] // k.shape[2]
     y = torch.zeros(B, S, q.shape[2], D, dtype=q.dtype)
@@ -56,8 +61,9 @@ def naive(q: Tensor, k: Tensor, v: Tensor, mask: object, scale: float) -> Tensor
             pos, doc = seq.positions[b], seq.documents[b]
             keys = [t for t in range(S) if doc[t] == doc[s] and bool(mask.visible(pos[s], pos[t]))]
             for n in range(q.shape[2]):
-                weight = (k[b, keys, n // group] @ q[b, s, n] * scale).softmax(0)
-                y[b, s, n] = weight @ v[b, keys, n // group]
+                score = (k[b, keys, n // group] @ q[b, s, n] * scale).exp()
+                lost = 0.0 if sinks is None else sinks[n].exp()
+                y[b, s, n] = score / (score.sum() + lost) @ v[b, keys, n // group]
     return y
 
 
@@ -105,6 +111,55 @@ def test_every_core_equals_eager(flash_attn, kind, n, m, mask):
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize(("n", "m"), HEADS)
+def test_a_sink_adds_to_the_denominator_alone(n, m, mask):
+    q, k, v = inputs(n, m, torch.float64)
+    sinks = sunk(n, torch.float64)
+    got = attend(made("eager", mask, sinks=True), q, k, v, sinks)
+    torch.testing.assert_close(got, naive(q, k, v, mask, 0.3, sinks), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize(("n", "m"), HEADS)
+@pytest.mark.parametrize("kind", ["sdpa", "flex"])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@torch.no_grad()
+def test_every_core_with_sinks_equals_eager(kind, n, m, mask):
+    q, k, v = inputs(n, m)
+    expected = attend(made("eager", mask, sinks=True), q, k, v, sunk(n))
+    got = attend(made(kind, mask, sinks=True), q, k, v, sunk(n))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["eager", "sdpa", "flex"])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@torch.no_grad()
+def test_a_sink_far_below_all_scores_changes_nothing(kind):
+    q, k, v = inputs(4, 2)
+    got = attend(made(kind, sinks=True), q, k, v, torch.full((4,), -1e4))
+    torch.testing.assert_close(got, attend(made(kind), q, k, v), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["eager", "sdpa", "flex"])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@torch.no_grad()
+def test_a_sink_far_above_all_scores_leaves_nothing_of_its_head_and_all_of_the_others(kind):
+    q, k, v = inputs(4, 2)
+    got = attend(made(kind, sinks=True), q, k, v, torch.tensor([-1e4, 1e4, -1e4, -1e4]))
+    expected = attend(made(kind), q, k, v) * torch.tensor([1.0, 0.0, 1.0, 1.0])[:, None]
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["eager", "sdpa"])
+def test_sinks_of_half_precision_stay_within_its_rounding(kind):
+    q, k, v = (x.bfloat16() for x in inputs(4, 2))
+    sinks = sunk(4).bfloat16()
+    got = attend(made(kind, sinks=True), q, k, v, sinks)
+    expected = attend(made("eager", sinks=True), q.double(), k.double(), v.double(), sinks.double())
+    assert got.dtype == torch.bfloat16 and (got - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
 @pytest.mark.parametrize(("first", "last"), [(16, 24), (4, 9), (7, 8)])
 @pytest.mark.parametrize("kind", ["eager", "sdpa", "flex", "flash"])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -118,21 +173,56 @@ def test_every_core_takes_keys_from_before_its_queries(flash_attn, kind, first, 
         documents=seq.documents[:, first:last],
         keys=Places(seq.positions[:, begin:last], seq.documents[:, begin:last]),
     )
-    core = made(kind, mask)
+    sinks = None if kind == "flash" else sunk(4)
+    core = made(kind, mask, sinks=sinks is not None)
     core.prepare(piece)
-    got = core(q[:, first:last], k[:, begin:last], v[:, begin:last], piece)
-    expected = attend(made("eager", mask), q, k, v)[:, first:last]
+    got = core(q[:, first:last], k[:, begin:last], v[:, begin:last], piece, sinks)
+    expected = attend(made("eager", mask), q, k, v, sinks)[:, first:last]
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
-def test_gradients_of_sdpa_are_those_of_eager(mask):
+@pytest.mark.parametrize("sinks", [False, True])
+def test_gradients_of_sdpa_are_those_of_eager(mask, sinks):
     found = []
     for kind in ("eager", "sdpa"):
-        leaves = [x.requires_grad_() for x in inputs(4, 2, torch.float64)]
-        attend(made(kind, mask), *leaves).square().sum().backward()
+        leaves = [*inputs(4, 2, torch.float64), *([sunk(4, torch.float64)] if sinks else [])]
+        leaves = [x.requires_grad_() for x in leaves]
+        attend(made(kind, mask, sinks=sinks), *leaves).square().sum().backward()
         found.append([leaf.grad for leaf in leaves])
     torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-10)
+
+
+def test_what_sinks_leave_is_exact_in_its_gradient_through_the_log_sum_exp():
+    q, k, v = (x[:1] for x in inputs(4, 4, torch.float64))
+    leaves = [x.requires_grad_() for x in (q, k, v, sunk(4, torch.float64))]
+    heads = [x.transpose(1, 2) for x in leaves[:3]]
+    score = heads[0] @ heads[1].mT * 0.3
+    score = score.masked_fill(torch.ones(S, S).triu(1).bool(), float("-inf"))
+    y = score.softmax(-1) @ heads[2] * kept(score.logsumexp(-1), leaves[3])[..., None]
+    got = torch.autograd.grad(y.square().sum(), leaves)
+    expected = torch.autograd.grad(naive_rows(leaves).square().sum(), leaves)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+def naive_rows(leaves: list[Tensor]) -> Tensor:
+    """Causal attention with sinks over one document by its definition, differentiable."""
+    q, k, v, sinks = leaves
+    score = torch.einsum("bsnd,btnd->bnst", q, k).mul(0.3).exp() * torch.ones(S, S, dtype=q.dtype).tril()
+    return torch.einsum("bnst,btnd->bsnd", score / (score.sum(-1) + sinks.exp()[:, None])[..., None], v)
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_sdpa_with_sinks_stays_fused(compute):
+    """A mask that has a gradient would make torch compute every score."""
+    q, k, v = (x.to(compute).requires_grad_() for x in inputs(4, 2))
+    y = attend(made("sdpa", sinks=True), q, k, v, sunk(4, compute).requires_grad_())
+    names, nodes = set(), [y.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        names.add(node.name())
+        nodes += [each for each, _ in node.next_functions if each is not None]
+    assert "ScaledDotProductFlashAttentionForCpuBackward0" in names
 
 
 @pytest.mark.parametrize(("size", "left"), [(1, 0), (5, 4)])
@@ -153,6 +243,11 @@ def test_flash_without_a_window_is_asked_for_all_keys(flash_attn):
 def test_documents_never_join_over_rows():
     starts, longest = flash.document_starts(torch.tensor([[0, 0, 1, 1], [1, 1, 1, -1]]))
     assert (starts.tolist(), longest) == ([0, 2, 4, 7, 8], 3)
+
+
+def test_flash_refuses_sinks_and_says_which_cores_take_them():
+    with pytest.raises(RecipeError, match=r"no softmax with sinks(.|\n)*auto, flex or sdpa"):
+        made("flash", sinks=True)
 
 
 def test_flash_without_its_package_says_what_to_install(monkeypatch):
@@ -194,6 +289,12 @@ def test_scores_of_half_precision_are_at_least_float32():
 )
 def test_auto_takes_the_fastest_core_that_works_here(cuda, package, triton, kind):
     assert auto.choose(cuda, package, triton)[0] == kind
+
+
+@pytest.mark.parametrize(("triton", "kind"), [(True, "flex"), (False, "sdpa")])
+def test_auto_takes_a_core_that_trains_sinks_although_flash_is_here(triton, kind):
+    chosen, reason = auto.choose(True, True, triton, sinks=True)
+    assert chosen == kind and "sinks" in reason
 
 
 def test_auto_never_takes_a_core_that_cannot_train_here():

@@ -41,8 +41,17 @@ def made(device: str = "cpu", **changes: Any) -> nn.Module:
     return made
 
 
+def grouped(x: torch.Size, y: torch.Size, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """FLOP of rows [n, d] by weights [e, d, f], or of the sums of products of rows [n, d] and [n, f]."""
+    return 2 * x[0] * x[1] * y[-1]
+
+
+OURS = {torch.ops.shardforge.grouped_mm: grouped, torch.ops.shardforge.grouped_outer: grouped}
+"""Operations of nn.grouped, which torch does not know how to count."""
+
+
 def counted(run) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=OURS) as counter:
         run()
     return counter.get_total_flops()
 
@@ -53,18 +62,23 @@ def inputs() -> tuple[torch.Tensor, Sequence]:
     return tokens, Sequence(positions, torch.zeros_like(positions), torch.zeros(1, dtype=torch.int64))
 
 
+def all_flops(made: nn.Module) -> float:
+    """Of a forward pass without a mask, routers included."""
+    return flops.forward_flops(made, LENGTH, masked=False) + 2 * flops.router_weights(made) * LENGTH
+
+
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
-def test_forward_flops_are_those_that_torch_counts(case):
+def test_forward_flops_are_those_that_torch_counts_but_for_routers(case):
     made = model(case)
-    assert flops.forward_flops(made, LENGTH, masked=False) == counted(lambda: made(*inputs()))
+    assert all_flops(made) == counted(lambda: made(*inputs()))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_backward_is_twice_the_forward(case):
     made, (tokens, seq) = model(case), inputs()
     logits = made(tokens, seq)
-    assert counted(lambda: logits.sum().backward()) == 2 * flops.forward_flops(made, LENGTH, masked=False)
+    assert counted(lambda: logits.sum().backward()) == 2 * all_flops(made)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -109,4 +123,18 @@ def test_experts_that_a_token_does_not_meet_cost_weights_but_no_flops():
     few, many = (made(ffn=MOE | {"experts": experts}) for experts in (4, 8))
     added = 2 * 4 * (3 * 16 * 24 + 16)  # layers, experts, their weights and their rows of the router
     assert flops.weights(many) - flops.weights(few) == added
-    assert flops.matmul_weights(many) - flops.matmul_weights(few) == 2 * 4 * 16
+    assert flops.matmul_weights(many) == flops.matmul_weights(few)
+    assert flops.router_weights(many) - flops.router_weights(few) == 2 * 4 * 16
+
+
+def test_what_predicts_further_tokens_is_no_part_of_the_work():
+    plain, ahead = made("meta"), made("meta", model={"mtp": {"block": "one"}})
+    assert flops.weights(ahead) > flops.weights(plain)
+    assert flops.step_flops(ahead, LENGTH) == flops.step_flops(plain, LENGTH)
+
+
+def test_alone_what_predicts_further_tokens_has_its_own_work():
+    ahead = made("meta", model={"mtp": {"block": "one"}})
+    block = flops.forward_flops(ahead.mtp.get_submodule("0.block"), LENGTH)
+    assert block == flops.forward_flops(ahead.blocks["0"], LENGTH)
+    assert flops.forward_flops(ahead.mtp, LENGTH) == block + 2.0 * 2 * 16 * 16 * LENGTH

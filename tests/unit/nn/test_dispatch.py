@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from shardforge.nn import dispatch, fused
 from shardforge.nn.dispatch import NOWHERE, Local, by_group, count, gathered_sum, spread, weighted_sum
 
 T, K, E, H = 9, 2, 4, 3
@@ -77,6 +79,24 @@ def test_spreading_and_summing_are_each_others_backward():
     grad = torch.randn_like(y)
     y.backward(grad)
     assert torch.equal(x.grad, gathered_sum(grad, order, K, T))
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_the_loop_of_the_cpu_and_the_formula_agree(monkeypatch, dropped):
+    found = []
+    for in_cache in (True, False):
+        monkeypatch.setattr(dispatch, "_in_cache", lambda y, answer=in_cache: answer)
+        x, expert, weight = assigned(dropped)
+        y = Local(E, not dropped)(x.requires_grad_(), expert, weight.requires_grad_(), scaled)
+        (y * y.detach().cos()).sum().backward()
+        found.append([y.detach(), x.grad, weight.grad])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+def test_rows_beyond_one_piece_of_the_cache_are_weighted_too(monkeypatch):
+    monkeypatch.setattr(fused, "CACHED", 4 * H)
+    x, expert, weight = (each.requires_grad_() if each.is_floating_point() else each for each in assigned(dropped=True))
+    assert torch.autograd.gradcheck(lambda x, w: Local(E, False)(x, expert, w, scaled), (x, weight))
 
 
 def test_no_tokens_are_an_answer_too():

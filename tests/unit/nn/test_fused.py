@@ -65,17 +65,20 @@ def test_a_gate_of_transposed_tensors_is_that_of_their_copies():
     same(lambda g, u: fused.gated(g, u, CURVES["silu"]), lambda g, u: F.silu(g) * u, gate, up)
 
 
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
 @pytest.mark.parametrize("shared", [True, False])
-def test_turning_pairs_is_what_autograd_makes_of_it(shared):
+def test_turning_pairs_is_what_autograd_makes_of_it(shared, layout):
     angle = draw(2, 5, 1, 3)
-    cos, sin = angle.cos(), angle.sin()
+    cos, sin = 1.5 * angle.cos(), 1.5 * angle.sin()
+    first = [0, 1, 2] if layout == "half" else [0, 2, 4]
+    second = [3, 4, 5] if layout == "half" else [1, 3, 5]
 
     def plain(x: Tensor) -> Tensor:
-        a, b = x.chunk(2, -1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+        a, b = x[..., first], x[..., second]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)[..., torch.tensor([*first, *second]).argsort()]
 
     x = draw(2, 5, 4, 6) if not shared else draw(2, 5, 4, 8)[..., :6]
-    same(lambda x: fused.rotate(x, cos, sin), plain, x)
+    same(lambda x: fused.rotate(x, cos, sin, layout), plain, x)
 
 
 @pytest.mark.parametrize("function", ["norm", "gate"])

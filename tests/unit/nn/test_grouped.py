@@ -51,20 +51,51 @@ def test_a_group_without_rows_gets_a_gradient_of_zeros(counts, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kernel_and_the_loop_agree(monkeypatch, dtype):
     counts = COUNTS["uneven"]
-    kernel = results(*operands(counts, (16, 24), dtype), counts)
-    monkeypatch.setattr(grouped, "_has_kernel", lambda x, weight: False)
     loop = results(*operands(counts, (16, 24), dtype), counts)
+    monkeypatch.setattr(grouped, "_has_kernel", lambda x, weight: True)
+    kernel = results(*operands(counts, (16, 24), dtype), counts)
     for left, right in zip(kernel, loop, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-4)
 
 
-@pytest.mark.parametrize(("widths", "dtype", "expected"), [((16, 24), torch.float32, 1), ((5, 7), torch.float32, 0)])
-def test_the_kernel_runs_where_rows_fill_whole_vectors(monkeypatch, widths, dtype, expected):
-    calls = []
-    kernel = torch.nn.functional.grouped_mm
-    monkeypatch.setattr(grouped.F, "grouped_mm", lambda *a, **k: calls.append(1) or kernel(*a, **k))
-    results(*operands([2, 3], widths, dtype), [2, 3])
-    assert len(calls) == expected
+@pytest.mark.parametrize(
+    ("widths", "dtype", "device", "expected"),
+    [
+        ((16, 24), torch.bfloat16, "cuda", True),
+        ((5, 24), torch.bfloat16, "cuda", False),
+        ((16, 24), torch.float32, "cuda", False),
+        ((16, 24), torch.bfloat16, "cpu", False),
+    ],
+)
+def test_the_kernel_runs_off_the_cpu_where_rows_fill_whole_vectors(widths, dtype, device, expected):
+    with FakeTensorMode():
+        x, weight = torch.empty(5, widths[0], dtype=dtype, device=device), torch.empty(2, *widths, device=device)
+        assert grouped._has_kernel(x, weight) is expected
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+def test_each_row_gets_the_bias_of_its_group(counts):
+    x, weight = operands(counts, (5, 7), torch.float64)
+    bias = torch.randn(len(counts), 7, dtype=torch.float64, requires_grad=True)
+    y = grouped_linear(x, weight, torch.tensor(counts), bias)
+    rows = bias.detach().repeat_interleave(torch.tensor(counts), 0)
+    torch.testing.assert_close(y, grouped_linear(x, weight, torch.tensor(counts)) + rows)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    torch.testing.assert_close(bias.grad, torch.stack([rows.sum(0) for rows in grad.split(counts)]))
+
+
+def test_operations_keep_the_rules_of_torch_for_compilers():
+    counts = torch.tensor([2, 0, 3])
+    x, weight = operands([2, 0, 3], (4, 6), torch.float64)
+    bias = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    for operation, args in {
+        grouped.grouped_mm: (x, weight, counts),
+        grouped.grouped_outer: (x.detach(), torch.randn(5, 6, dtype=torch.float64), counts),
+        grouped.grouped_add: (torch.randn(5, 6, dtype=torch.float64, requires_grad=True), bias, counts),
+        grouped.grouped_sum: (torch.randn(5, 6, dtype=torch.float64), counts),
+    }.items():
+        torch.library.opcheck(operation, args)
 
 
 def test_gradients_are_contiguous():

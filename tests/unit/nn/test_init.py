@@ -124,3 +124,9 @@ def test_constants_are_constant():
 
 def test_normal_has_the_standard_deviation_asked_for():
     assert abs(init.normal(0.02)(1, torch.arange(100_000), torch.float64).std() / 0.02 - 1) < 0.01
+
+
+def test_truncated_normal_numbers_stay_within_two_deviations():
+    drawn = init.truncated_normal(0.5)(3, torch.arange(100_000), torch.float64)
+    assert drawn.abs().max() <= 1.0 and abs(drawn.mean().item()) < 0.01
+    assert abs(drawn.std().item() / 0.5 - 0.8796) < 0.01  # that of a standard normal cut at 2

@@ -10,7 +10,7 @@ from shardforge.nn.init import fill
 from shardforge.nn.sequence import Sequence
 from shardforge.parallel import compile as compile_pass
 from tests.tiny import batch, tiny
-from tests.tiny_kinds import MOE
+from tests.tiny_kinds import EVERYWHERE, MOE
 
 
 @pytest.mark.parametrize(("compiled", "count"), [(True, 2), (False, 0)])
@@ -28,7 +28,7 @@ def test_every_block_is_compiled_when_asked_and_names_stay(monkeypatch, compiled
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "block",
-    [{"residual": {"kind": "pre", "dropout": 0.3}}, {"ffn": MOE | {"balance": 0.1, "z_loss": 0.1}}],
+    [{"residual": {"kind": "pre", "dropout": 0.3}}, {"ffn": MOE | {"balance": EVERYWHERE, "z_loss": 0.1}}],
     ids=["dropout", "records"],
 )
 def test_blocks_that_differ_in_their_number_alone_do_not_run_out_of_graphs(monkeypatch, block):

@@ -44,11 +44,16 @@ def inputs(n: int, m: int, dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(2, S, *shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
+def sunk(n: int, dtype: torch.dtype) -> Tensor:
+    """A sink of each of n heads, of the size of the scores."""
+    return torch.linspace(-1.0, 1.5, n, dtype=torch.float64).to(dtype)
+
+
 def attended(core: AttentionCore, leaves: list[Tensor], weight: Tensor, seq: Sequence) -> list[Tensor]:
-    """The result, and the gradients of q, k, v."""
+    """The result, and the gradients of q, k, v and, where leaves has them, sinks."""
     leaves = [leaf.clone().requires_grad_() for leaf in leaves]
     core.prepare(seq)
-    y = core(*leaves, seq)
+    y = core(*leaves[:3], seq, *leaves[3:])
     (y * weight).sum().backward()
     return [y.detach(), *(leaf.grad for leaf in leaves)]
 
@@ -69,22 +74,29 @@ def sequence() -> Sequence:
     return Sequence(own(where.positions), own(where.documents), torch.arange(2), index=index, length=S)
 
 
-def run(way: str, mask: object, heads: tuple[int, int] = (4, 4), dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    leaves = [own(x) for x in inputs(*heads, dtype)]
-    return attended(shared(cores["sdpa"]().build(mask, 0.3), way), leaves[:3], leaves[3], sequence())
+def run(way: str, mask: object, heads: tuple[int, int], dtype: torch.dtype, sinks: bool) -> list[Tensor]:
+    *leaves, weight = (own(x) for x in inputs(*heads, dtype))
+    core = shared(cores["sdpa"]().build(mask, 0.3, sinks), way)
+    if not sinks:
+        return attended(core, leaves, weight, sequence())
+    *found, grad = attended(core, [*leaves, sunk(heads[0], dtype)], weight, sequence())
+    dist.all_reduce(grad)  # each rank has what its own queries, or its own heads, do to them
+    return [*found, grad]
 
 
-def errors(way: str, mask: object, dtype: torch.dtype) -> float:
+def errors(way: str, mask: object, dtype: torch.dtype, sinks: bool = False) -> float:
     """The largest error of the result and of any gradient against attention over the whole sequence in float64."""
     worst = 0.0
     for heads in HEADS:
         *leaves, weight = (x.double() for x in inputs(*heads, dtype))
         where = places()
         seq = Sequence(where.positions, where.documents, torch.arange(2))
-        expected = attended(cores["eager"]().build(mask, 0.3), leaves, weight, seq)
-        for got, want in zip(run(way, mask, heads, dtype), expected, strict=True):
+        leaves += [sunk(heads[0], dtype).double()] if sinks else []
+        expected = attended(cores["eager"]().build(mask, 0.3, sinks), leaves, weight, seq)
+        for got, want in zip(run(way, mask, heads, dtype, sinks), expected, strict=True):
             assert got.dtype == dtype
-            worst = max(worst, ((got - own(want)).norm() / want.norm().clamp(min=1.0)).item())
+            wanted = own(want) if want.dim() > 1 else want
+            worst = max(worst, ((got - wanted).norm() / want.norm().clamp(min=1.0)).item())
     return worst
 
 
@@ -120,6 +132,17 @@ def refused() -> str:
 @pytest.mark.parametrize(("way", "mask"), WAYS, ids=str)
 def test_every_way_equals_attention_over_the_whole_sequence(ranks, way, mask, cp):
     assert max(ranks(cp).run(errors, way, mask, torch.float64)) < 1e-12
+
+
+@pytest.mark.parametrize("cp", [2, 4])
+@pytest.mark.parametrize(("way", "mask"), [each for each in WAYS if each[1] in (MASKS[0], MASKS[2], MASKS[4])], ids=str)
+def test_every_way_counts_a_sink_once_a_query(ranks, way, mask, cp):
+    assert max(ranks(cp).run(errors, way, mask, torch.float64, True)) < 1e-12
+
+
+@pytest.mark.parametrize("way", context.WAYS)
+def test_sinks_in_bfloat16_stay_within_its_rounding(ranks, way):
+    assert max(ranks(2).run(errors, way, MASKS[4], torch.bfloat16, True)) < 0.02
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,11 @@ def parts(layout: str) -> tuple[int, int, int]:
     return split.part, split.parts, 1 if split.group is None else split.group.size()
 
 
+def adders(layout: str) -> float:
+    """How often this rank adds the bias behind the split width."""
+    return built(layout, bias=True).blocks["0"].ffn.experts.once
+
+
 def hops(layout: str, ranks_per_node: int | None, on_a_machine: int | None) -> tuple[list[int], list[int]] | str:
     """Ranks across nodes and inside the node, or the refusal."""
     with patch.dict(os.environ, {} if on_a_machine is None else {"LOCAL_WORLD_SIZE": str(on_a_machine)}):
@@ -144,3 +149,8 @@ def test_uneven_nodes_are_refused(ranks, ranks_per_node, on_a_machine, said):
 def test_experts_that_cannot_be_split_are_refused_with_a_degree_that_can(ranks, layout, options, what, fix):
     for message in ranks(4).run(refused, layout, options):
         assert what in message and fix in message
+
+
+@pytest.mark.parametrize(("layout", "once"), [("dp2-etp2", [1.0, 0.0]), ("dp2-ep2", [1.0, 1.0])])
+def test_a_bias_behind_a_split_width_is_added_on_one_rank(ranks, layout, once):
+    assert ranks(2).run(adders, layout) == once

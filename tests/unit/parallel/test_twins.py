@@ -13,9 +13,9 @@ from tests.tiny import tiny
 CPU = torch.device("cpu")
 
 
-def parts(head: object = "tied") -> tuple[nn.Module, dict[int, nn.Module], list[Loan]]:
+def parts(head: object = "tied", mtp: object = None) -> tuple[nn.Module, dict[int, nn.Module], list[Loan]]:
     """A decoder of two layers in two stages."""
-    recipe = tiny(model={"head": head})
+    recipe = tiny(model={"head": head, "mtp": mtp})
     whole = build(recipe.model, recipe.objective.build())
     every = {0: whole.part([0], first=True, last=False), 1: whole.part([1], first=False, last=True)}
     return whole, every, part_with_twins(every)
@@ -55,9 +55,14 @@ def test_a_borrower_inside_another_head_is_found():
     assert every[1].head.inner.embed is loan.twin
 
 
-def test_a_twin_is_no_embedding_to_any_pass():
-    _, _, (loan,) = parts()
-    assert loan.lender.slot == "embed" and loan.twin.slot == ""
+def test_all_borrowers_of_a_stage_share_one_twin():
+    _, every, (loan,) = parts(mtp={"block": "one", "depth": 2})
+    assert every[1].head.embed is every[1].mtp.embed is loan.twin
+
+
+def test_a_twin_is_to_passes_what_its_lender_is():
+    _, _, (loan,) = parts("linear", {"block": "one"})
+    assert loan.lender.slot == loan.twin.slot == "embed"
 
 
 def test_a_stage_that_borrows_nothing_has_no_twin():

@@ -24,7 +24,9 @@ class Exchange(Protocol):
 
     def prepare(self, core: Module, seq: Sequence) -> None: ...
 
-    def forward(self, core: Module, q: Tensor, k: Tensor, v: Tensor, seq: Sequence) -> Tensor: ...
+    def forward(
+        self, core: Module, q: Tensor, k: Tensor, v: Tensor, seq: Sequence, sinks: Tensor | None = None
+    ) -> Tensor: ...
 
     @staticmethod
     def describe(core: Module, cp: int, length: int) -> str:

@@ -34,10 +34,12 @@ class Gather:
         for piece in seq.tables[name]:
             type(core).prepare(core, piece)
 
-    def forward(self, core: Module, q: Tensor, k: Tensor, v: Tensor, seq: Sequence) -> Tensor:
+    def forward(
+        self, core: Module, q: Tensor, k: Tensor, v: Tensor, seq: Sequence, sinks: Tensor | None = None
+    ) -> Tensor:
         parts = zip(q.chunk(2, 1), self.keys(core, pack(k, v)), seq.tables["pieces", core.mask.window], strict=True)
         width = k.shape[-1]
-        done = [type(core).forward(core, x, kv[..., :width], kv[..., width:], piece) for x, kv, piece in parts]
+        done = [type(core).forward(core, x, kv[..., :width], kv[..., width:], piece, sinks) for x, kv, piece in parts]
         return torch.cat(done, 1)
 
     def keys(self, core: Module, kv: Tensor) -> list[Tensor]:

@@ -80,6 +80,19 @@ def join(out: Tensor, total: Tensor, part: Tensor, part_total: Tensor) -> None:
     total.copy_(both)
 
 
+def join_sinks(out: Tensor, total: Tensor, sinks: Tensor) -> None:
+    """Add the sinks [m * g] of the query heads, which have a score and no value; changes in place as `join` does."""
+    both = torch.logaddexp(total, sinks.to(total.dtype).view(*total.shape[1:3], 1))
+    out.mul_((total - both).exp_()[..., None])
+    total.copy_(both)
+
+
+def sink_gradients(sinks: Tensor, total: Tensor, delta: Tensor) -> Tensor:
+    """Gradient [m * g] of the sinks from these queries: that of a key without value. `total` has the sinks in it."""
+    weight = (sinks.to(total.dtype).view(*total.shape[1:3], 1) - total).exp_()
+    return weight.mul_(delta).sum((0, 3)).neg_().flatten().to(sinks.dtype)
+
+
 def finite(total: Tensor) -> Tensor:
     """Log-sum-exp to subtract: 0 where nothing is seen, because -inf - -inf is no number."""
     return total.masked_fill(total == float("-inf"), 0.0)

@@ -23,7 +23,7 @@ from shardforge.nn.module import Module
 from shardforge.nn.sequence import Mask, Sequence
 from shardforge.parallel.attention import chunks
 from shardforge.parallel.attention.exchange import pack, swap, whole
-from shardforge.parallel.attention.local import Rule, join, local_attention, local_gradients
+from shardforge.parallel.attention.local import Rule, join, join_sinks, local_attention, local_gradients, sink_gradients
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,10 @@ class Ring:
     def prepare(self, core: Module, seq: Sequence) -> None:
         seq.prepare(("ring", core.mask, core.scale), lambda: plan(core.mask, core.scale, seq, self.group))
 
-    def forward(self, core: Module, q: Tensor, k: Tensor, v: Tensor, seq: Sequence) -> Tensor:
-        return _Ring.apply(q, pack(k, v), k.shape[-1], seq.tables["ring", core.mask, core.scale], self.group)
+    def forward(
+        self, core: Module, q: Tensor, k: Tensor, v: Tensor, seq: Sequence, sinks: Tensor | None = None
+    ) -> Tensor:
+        return _Ring.apply(q, pack(k, v), k.shape[-1], seq.tables["ring", core.mask, core.scale], self.group, sinks)
 
     @staticmethod
     def describe(core: Module, cp: int, length: int) -> str:
@@ -85,8 +87,8 @@ def visible_pairs(mask: Mask, documents: Tensor, cp: int) -> list[list[bool]]:
 
 class _Ring(Function):
     @staticmethod
-    def forward(ctx, q, kv, width, hops, group):
-        """q [b, s, n, d], kv [b, s, m, d + e] -> [b, s, n, e]."""
+    def forward(ctx, q, kv, width, hops, group, sinks):
+        """q [b, s, n, d], kv [b, s, m, d + e], sinks [n] or None -> [b, s, n, e]."""
         q_heads, kv = grouped(q, kv.shape[2]), kv.transpose(1, 2).contiguous()
         wide = torch.promote_types(q.dtype, torch.float32)
         out = q_heads.new_zeros(*q_heads.shape[:-1], kv.shape[-1] - width, dtype=wide)
@@ -100,15 +102,17 @@ class _Ring(Function):
                 join(half(out, block.query, 3), half(total, block.query, 3), *got)
             wait()
             here = coming
+        if sinks is not None:  # once, when all keys were here
+            join_sinks(out, total, sinks)
         out = out.to(q.dtype)
-        ctx.save_for_backward(q, kv, out, total)
+        ctx.save_for_backward(q, kv, out, total, sinks)
         ctx.width, ctx.hops, ctx.group = width, hops, group
         return out.flatten(1, 2).transpose(1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        q, here, out, total = ctx.saved_tensors
+        q, here, out, total, sinks = ctx.saved_tensors
         group, width, last = ctx.group, ctx.width, len(ctx.hops) - 1
         q_heads, grad = grouped(q, here.shape[1]), grouped(grad, here.shape[1])
         delta = (grad.to(total.dtype) * out).sum(-1)
@@ -130,7 +134,8 @@ class _Ring(Function):
             dkv, arrive = pass_on(own.add_(dkv), group)  # with the keys that come next, or home
         arrive()
         dq = dq.flatten(1, 2).transpose(1, 2).to(q.dtype)
-        return dq, dkv.transpose(1, 2).to(q.dtype), None, None, None
+        dsinks = None if sinks is None else sink_gradients(sinks, total, delta)
+        return dq, dkv.transpose(1, 2).to(q.dtype), None, None, None, dsinks
 
 
 def grouped(x: Tensor, heads: int) -> Tensor:

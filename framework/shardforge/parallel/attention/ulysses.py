@@ -42,7 +42,9 @@ class Ulysses:
             seq, positions=places.positions, documents=places.documents, index=None, tables={}, keys=None
         )
 
-    def forward(self, core: Module, q: Tensor, k: Tensor, v: Tensor, seq: Sequence) -> Tensor:
+    def forward(
+        self, core: Module, q: Tensor, k: Tensor, v: Tensor, seq: Sequence, sinks: Tensor | None = None
+    ) -> Tensor:
         cp = self.group.size()
         if q.shape[HEADS] % cp:
             raise misfit(q.shape[HEADS], cp, type(core).__name__)
@@ -50,7 +52,8 @@ class Ulysses:
         if copies > 1:  # so that a rank's query heads find theirs in its own equal share
             k, v = k.repeat_interleave(copies, HEADS), v.repeat_interleave(copies, HEADS)
         q, k, v = (chunks.natural(trade(x, self.group, HEADS, TOKENS), cp, TOKENS) for x in (q, k, v))
-        y = type(core).forward(core, q, k, v, seq.tables["whole sequence"])
+        own = None if sinks is None else sinks.chunk(cp)[self.group.rank()]
+        y = type(core).forward(core, q, k, v, seq.tables["whole sequence"], own)
         return trade(chunks.by_rank(y, cp, TOKENS), self.group, TOKENS, HEADS)
 
     @staticmethod
