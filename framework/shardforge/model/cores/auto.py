@@ -22,21 +22,22 @@ from shardforge.nn.sequence import Mask
 @cores.register("auto")
 @dataclass(frozen=True, kw_only=True)
 class AutoConfig:
-    def build(self, mask: Mask, scale: float) -> AttentionCore:
-        kind, reason = choose(torch.cuda.is_available(), installed("flash_attn_2_cuda"), installed("triton"))
+    def build(self, mask: Mask, scale: float, sinks: bool = False) -> AttentionCore:
+        kind, reason = choose(torch.cuda.is_available(), installed("flash_attn_2_cuda"), installed("triton"), sinks)
         _tell(kind, reason)
-        return cores[kind]().build(mask, scale)
+        return cores[kind]().build(mask, scale, sinks)
 
 
-def choose(cuda: bool, flash: bool, triton: bool) -> tuple[str, str]:
+def choose(cuda: bool, flash: bool, triton: bool, sinks: bool = False) -> tuple[str, str]:
     """(kind, reason)."""
     if not cuda:
         return "sdpa", "no CUDA device; torch's fused attention is the fastest that trains on CPU"
-    if flash:
+    if flash and not sinks:
         return "flash", "CUDA device and flash-attn are here"
+    lack = "with sinks, which flash-attn cannot train" if flash else "without flash-attn"
     if triton:
-        return "flex", "CUDA device without flash-attn; FlexAttention skips what the mask hides"
-    return "sdpa", "CUDA device without flash-attn and without triton"
+        return "flex", f"CUDA device {lack}; FlexAttention skips what the mask hides"
+    return "sdpa", f"CUDA device {lack}, and without triton"
 
 
 @functools.cache

@@ -20,15 +20,18 @@ from shardforge.nn.sequence import Mask, Sequence
 @cores.register("eager")
 @dataclass(frozen=True, kw_only=True)
 class EagerConfig:
-    def build(self, mask: Mask, scale: float) -> Eager:
-        return Eager(mask, scale)
+    def build(self, mask: Mask, scale: float, sinks: bool = False) -> Eager:
+        return Eager(mask, scale, sinks)
 
 
 class Eager(AttentionCore):
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence, sinks: Tensor | None = None) -> Tensor:
         group = q.shape[2] // k.shape[2]
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [b, n, s, d], [b, m, s, d]
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         score = (q @ k.transpose(2, 3) * self.scale).to(torch.promote_types(q.dtype, torch.float32))
         score = score.masked_fill(~seq.tables[self.mask], float("-inf"))
-        return (score.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
+        if sinks is not None:
+            score = torch.cat([score, sinks.to(score.dtype)[:, None, None].expand(*score.shape[:3], 1)], -1)
+        weight = score.softmax(-1)[..., : k.shape[2]].to(v.dtype)
+        return (weight @ v).transpose(1, 2)

@@ -3,7 +3,8 @@
 Paper: Dao 2023, "FlashAttention-2", arXiv:2307.08691.
 Changes: fused; each document is its own sequence, so no mask exists at all.
 Cost: visible pairs only.
-Limits: CUDA, float16 or bfloat16, causal or windowed masks; needs `pip install 'shardforge[flash]'`.
+Limits: CUDA, float16 or bfloat16, heads of at most 256 channels, causal or windowed masks, no sinks, because the
+    package forgets the gradient of the log-sum-exp; needs `pip install 'shardforge[flash]'`.
 """
 
 from __future__ import annotations
@@ -14,17 +15,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardforge.core.errors import EngineError
+from shardforge.core.errors import EngineError, RecipeError
 from shardforge.core.optional import require
 from shardforge.core.slots import cores
 from shardforge.model.attention import AttentionCore
 from shardforge.nn.sequence import Mask, Sequence
 
+WIDEST = 256
+"""Channels of a head that the package computes."""
+
 
 @cores.register("flash")
 @dataclass(frozen=True, kw_only=True)
 class FlashConfig:
-    def build(self, mask: Mask, scale: float) -> Flash:
+    def build(self, mask: Mask, scale: float, sinks: bool = False) -> Flash:
+        if sinks:
+            raise RecipeError(
+                "flash-attn has no softmax with sinks, and gives its log-sum-exp no gradient from which to make one",
+                "model.core",
+                "model.core: auto, flex or sdpa; or sinks: none in every mixer",
+            )
         package = require("flash_attn", for_="model.core: flash", extra="flash", field="model.core")
         return Flash(mask, scale, package.flash_attn_varlen_func)
 
@@ -37,12 +47,18 @@ class Flash(AttentionCore):
     def prepare(self, seq: Sequence) -> None:
         seq.prepare("flash", lambda: runs(seq))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence, sinks: Tensor | None = None) -> Tensor:
         if q.is_cuda and q.dtype not in (torch.float16, torch.bfloat16):
             raise EngineError(
                 f"flash-attn computes in float16 or bfloat16, and this model in {q.dtype}",
                 "model.core",
                 "precision.compute: bf16, or model.core: flex",
+            )
+        if q.is_cuda and max(q.shape[-1], v.shape[-1]) > WIDEST:
+            raise EngineError(
+                f"flash-attn takes heads of at most {WIDEST} channels, and these have {max(q.shape[-1], v.shape[-1])}",
+                "model.core",
+                "model.core: flex or sdpa; where the mixer is mla, evaluation: expanded keeps its heads narrow",
             )
         table: Runs = seq.tables["flash"]
         reach = -1 if self.mask.window is None else self.mask.window - 1  # the package counts keys before the query

@@ -1,7 +1,8 @@
 """FlexAttention: the mask is a function, blocks of positions that see nothing are skipped.
 
 Paper: Dong et al. 2024, "Flex Attention", arXiv:2412.05496.
-Changes: fused and block-sparse; compiled on CUDA.
+Changes: fused and block-sparse; compiled on CUDA. Sinks scale the result by what they leave to the keys, which follows
+    from the log-sum-exp of the scores.
 Cost: blocks of 128 x 128 visible pairs only.
 Limits: torch has no backward for it on CPU, so there it serves evaluation only.
 """
@@ -16,15 +17,15 @@ from torch import Tensor
 
 from shardforge.core.errors import EngineError
 from shardforge.core.slots import cores
-from shardforge.model.attention import AttentionCore
+from shardforge.model.attention import AttentionCore, kept
 from shardforge.nn.sequence import Mask, Sequence
 
 
 @cores.register("flex")
 @dataclass(frozen=True, kw_only=True)
 class FlexConfig:
-    def build(self, mask: Mask, scale: float) -> Flex:
-        return Flex(mask, scale)
+    def build(self, mask: Mask, scale: float, sinks: bool = False) -> Flex:
+        return Flex(mask, scale, sinks)
 
 
 class Flex(AttentionCore):
@@ -43,16 +44,24 @@ class Flex(AttentionCore):
         rows, length = seq.positions.shape
         return create_block_mask(sees, rows, None, length, keys.positions.shape[1], device=str(seq.positions.device))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence, sinks: Tensor | None = None) -> Tensor:
         if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
             raise EngineError(
                 "FlexAttention has no backward on CPU", "model.core", "train with model.core: auto, sdpa or eager"
             )
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        y = _attend(q.device.type)(
-            q, k, v, block_mask=seq.tables["flex", self.mask], scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
+        attend = functools.partial(
+            _attend(q.device.type),
+            block_mask=seq.tables["flex", self.mask],
+            scale=self.scale,
+            enable_gqa=q.shape[1] != k.shape[1],
         )
-        return y.transpose(1, 2)
+        if sinks is None:
+            return attend(q, k, v).transpose(1, 2)
+        from torch.nn.attention.flex_attention import AuxRequest
+
+        y, beside = attend(q, k, v, return_aux=AuxRequest(lse=True))
+        return (y * kept(beside.lse, sinks)[..., None].to(y.dtype)).transpose(1, 2)
 
 
 @functools.cache

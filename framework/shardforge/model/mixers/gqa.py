@@ -2,7 +2,8 @@
 
 Paper: Ainslie et al. 2023, "GQA", arXiv:2305.13245; kv_heads = heads is Vaswani et al. 2017, arXiv:1706.03762;
     kv_heads = 1 is Shazeer 2019, "One Write-Head is All You Need", arXiv:1911.02150.
-Changes: query head i reads key/value head i * kv_heads // heads.
+Changes: query head i reads key/value head i * kv_heads // heads. `sinks: learned` adds e^sink of each query head to the
+    softmax's denominator, and nothing to its numerator (OpenAI 2025, gpt-oss, arXiv:2508.10925); sinks start at 0.
 Cost: hidden * head_dim * (2 * heads + 2 * kv_heads) weights; 4 * heads * head_dim FLOP a visible pair.
 """
 
@@ -19,8 +20,9 @@ from shardforge.core.errors import RecipeError
 from shardforge.core.options import REQUIRED, option
 from shardforge.core.slots import Mask, Norm, Position, mixers
 from shardforge.model.context import BuildContext
+from shardforge.nn.init import zeros
 from shardforge.nn.linear import Linear
-from shardforge.nn.module import Module
+from shardforge.nn.module import Module, local
 from shardforge.nn.sequence import Sequence
 
 
@@ -36,6 +38,9 @@ class GQAConfig:
     qk_norm_over: Literal["head", "all"] = option("head", "normalize each head alone, or all heads of a token together")
     bias: Literal["none", "qkv", "all"] = option("none", "which projections have biases")
     scale: float | None = option(None, "factor on the scores; empty means 1/sqrt(head_dim)", above=0)
+    sinks: Literal["none", "learned"] = option(
+        "none", "a score of each query head that belongs to no key: it takes weight from all keys and adds no value"
+    )
 
     def __post_init__(self) -> None:
         if self.heads % (self.kv_heads or self.heads):
@@ -65,7 +70,11 @@ class GQA(Module):
             self.q_norm = cfg.qk_norm.build(n if self.norm_first else d)
             self.k_norm = cfg.qk_norm.build(m if self.norm_first else d)
         self.position = cfg.position.build(cfg.head_dim)
-        self.core = ctx.core.build(cfg.mask, cfg.scale or 1 / math.sqrt(cfg.head_dim))
+        scale = (cfg.scale or 1 / math.sqrt(cfg.head_dim)) * self.position.score_scale
+        self.register_parameter("sinks", None)
+        if cfg.sinks == "learned":
+            self.declare("sinks", Dim("heads", cfg.heads), init=zeros)
+        self.core = ctx.core.build(cfg.mask, scale, cfg.sinks == "learned")
         self.out = Linear(n, h, ctx.out_of(n), cfg.bias == "all")
 
     def split(self, x: Tensor, norm: nn.Module | None) -> Tensor:  # [b, s, n * d] -> [b, s, n, d]
@@ -79,8 +88,14 @@ class GQA(Module):
         q = self.position(self.split(self.q(x), self.q_norm), seq)
         k = self.position(self.split(self.k(x), self.k_norm), seq)
         v = self.split(self.v(x), None)
-        return self.out(self.core(q, k, v, seq).flatten(2))
+        sinks = None if self.sinks is None else local(self.sinks)
+        return self.out(self.core(q, k, v, seq, sinks).flatten(2))
 
     def core_flops(self, pairs: float) -> float:
         """FLOP of scores and weighted sum, forward, for `pairs` visible (query, key) pairs over all heads and ranks."""
         return 4.0 * pairs * self.heads * self.width
+
+    @property
+    def cache_numbers(self) -> int:
+        """Numbers that generation keeps of a token: a key and a value of every key/value head."""
+        return self.k.weight.shape[0] + self.v.weight.shape[0]
