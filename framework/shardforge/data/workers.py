@@ -27,10 +27,11 @@ def cores() -> int:
 
 
 class Workers:
-    """`count` processes, or this one alone when count is 1."""
+    """`count` processes, or this one alone when count is 1. `command` and its `option` for their number are for the
+    message about one that was killed."""
 
-    def __init__(self, count: int):
-        self.count = count
+    def __init__(self, count: int, command: str = "shardforge data build", option: str = "--workers"):
+        self.count, self.command, self.option = count, command, option
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Workers:
@@ -38,6 +39,8 @@ class Workers:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._pool:
+            for process in list(self._pool._processes.values()) if error is not None else ():
+                process.terminate()  # what they have not finished is made again
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def run(self, function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[Result]:
@@ -58,8 +61,8 @@ class Workers:
         except BrokenProcessPool as cause:
             raise DataError(
                 f"one of {self.count} workers was killed, most likely for lack of memory",
-                "shardforge data build",
-                f"run it again with --workers {max(1, self.count // 2)}; what is finished is kept",
+                self.command,
+                f"run it again with {self.option} {max(1, self.count // 2)}; what is finished is kept",
             ) from cause
 
 

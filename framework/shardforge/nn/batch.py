@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ class Batch:
     positions: Tensor  # distance from the start of the document
     documents: Tensor  # equal numbers see each other; PADDING sees nothing that counts
     rows: Tensor  # [b] index of each sequence in the whole batch of this step, over all ranks
+    ahead: tuple[Batch, ...] = ()  # the same places with the tokens 1, 2, ... further on, see `look_ahead`
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -31,12 +33,35 @@ class Batch:
     def split(self, size: int) -> Iterator[Batch]:
         """Pieces of `size` sequences, in order; the last may be smaller."""
         for start in range(0, len(self), size):
-            yield Batch(*(getattr(self, f.name)[start : start + size] for f in fields(self)))
+            yield self._each(itemgetter(slice(start, start + size)))
 
     def at(self, index: Tensor) -> Batch:
         """The columns `index` [s] of every row."""
-        columns = {f.name: getattr(self, f.name)[:, index] for f in fields(self) if f.name != "rows"}
-        return Batch(**columns, rows=self.rows)
+        return self._each(lambda x: x[:, index] if x.dim() > 1 else x)
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+        return self._each(lambda x: x.to(device, non_blocking=True))
+
+    def look_ahead(self, depth: int) -> Batch:
+        """This batch with `ahead` for 1 ... `depth` tokens further on. Its rows must be whole.
+
+        Place i of ahead[j - 1] has token, label and position of place i + j. Where that is outside the row or of
+        another document the label is IGNORE and the document PADDING; token and position are then place i's own.
+        """
+        return replace(self, ahead=tuple(self._further(j) for j in range(1, depth + 1)))
+
+    def _further(self, j: int) -> Batch:
+        place = torch.arange(j, j + self.tokens.shape[1], device=self.tokens.device)
+        there = place.clamp(max=self.tokens.shape[1] - 1)
+        known = (place == there) & (self.documents[:, there] == self.documents) & (self.documents != PADDING)
+        return Batch(
+            tokens=self.tokens[:, there].where(known, self.tokens),
+            labels=self.labels[:, there].where(known, IGNORE),
+            positions=self.positions[:, there].where(known, self.positions),
+            documents=self.documents.where(known, PADDING),
+            rows=self.rows,
+        )
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        own = {f.name: change(getattr(self, f.name)) for f in fields(self) if f.name != "ahead"}
+        return Batch(**own, ahead=tuple(batch._each(change) for batch in self.ahead))

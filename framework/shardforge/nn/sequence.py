@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from shardforge.nn.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,11 @@ class Shares:
 
     tokens: int = 1  # positions that hold a token of a document
     sequences: int = 1
+    ahead: tuple[int, ...] = ()  # positions whose document goes on for 1, 2, ... tokens, see Batch.look_ahead
+
+    def further(self, j: int) -> Shares:
+        """For modules that see no position but these, those of ahead[j]."""
+        return replace(self, tokens=self.ahead[j]) if self.ahead else self
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,7 @@ class Sequence:
     records: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     loads: Mapping[int, Tensor] | None = None  # by layer: the tally "load" [e] of the whole batch of this step
     progress: float = 0.0  # share of the run's steps that are done
+    ahead: tuple[Batch, ...] = ()  # as in Batch, for a model that predicts further tokens
 
     def record(self, name: str, layer: int, value: Tensor) -> None:
         """Note this rank's part of a sum over this micro-batch; the engine adds over micro-batches and ranks.
