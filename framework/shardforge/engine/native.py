@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,8 +13,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from shardforge.checkpoint import state
+from shardforge.core.layout import AXES
 from shardforge.core.log import logger
-from shardforge.engine import passes, staged
+from shardforge.engine import notes, passes, similarity, staged
 from shardforge.engine.base import Losses, UpdateStats
 from shardforge.engine.fit import check_fit
 from shardforge.engine.forward import Forward
@@ -50,8 +52,8 @@ class NativeEngine:
         self.stages = staged.cut(recipe, cfg, model)
         self.weights = flops.weights(model)
         self.step_flops = flops.step_flops(model, recipe.train.seq_len)
-        self.records = sorted({name for module in model.modules() for name in getattr(module, "records", ())})
-        self.terms = model.objective.terms
+        self.notes = notes.Notes.of(model)
+        self.terms, self.ahead = model.terms, model.ahead
         self.table = state.table(model)
         if self.stages is None:
             self.runner: Whole | Staged = Whole(model, cfg.zero)
@@ -65,6 +67,8 @@ class NativeEngine:
         fill(self.model, recipe.seed)
         self.runner.renew()
         self.optimizer = recipe.optim.build(self.model)
+        self.done = 0  # steps
+        self.loads: Mapping[int, Tensor] | None = None  # by layer, of a step between its gradients and its update
 
     def mixed(self) -> MixedPrecisionPolicy:
         return MixedPrecisionPolicy(
@@ -74,15 +78,27 @@ class NativeEngine:
         )
 
     def forward_backward(self, batch: Batch, step: int) -> Losses:
+        self.done = step
         key = torch.tensor(counter.key(self.recipe.seed, "dropout", step), device=self.device)
         forward = self.forward(batch, key)
+        if self.notes.counting:
+            self.runner.count(forward)
+            forward.begin(self.counted(forward))
         self.runner.train(forward)
-        return self.losses(forward)
+        found = self.losses(forward)
+        self.loads = {layer: self.wide(tally.load) for layer, tally in found.experts.items()}
+        return found
 
     def evaluate(self, batch: Batch) -> Losses:
         forward = self.forward(batch, None)
         self.runner.evaluate(forward)
-        return self.losses(forward)
+        found = self.losses(forward)
+        return replace(found, terms={name: found.terms[name] for name in self.terms if name in found.terms})
+
+    def similarity(self) -> dict[int, float]:
+        layout = self.mesh.layout
+        stage = layout.world_size // layout.pp
+        return similarity.measured(self.model, self.notes.tallies, stage, self.summed, self.device)
 
     def update(self, lr: float) -> UpdateStats:
         parameters = list(self.model.parameters())
@@ -94,7 +110,24 @@ class NativeEngine:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.runner.renew()
+        self.done += 1
+        self.settle()
         return UpdateStats(norm.item())
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Every module that remembers something of a step learns what the whole batch of it came to."""
+        if self.loads is None:
+            return
+        for module in self.model.modules():
+            if settle := getattr(module, "settle", None):
+                settle(self.loads, self.progress)
+        self.loads = None
+
+    @property
+    def progress(self) -> float:
+        """Share of the run's steps that are done."""
+        return self.done / self.recipe.train.steps
 
     def state(self) -> dict[str, Tensor]:
         return state.collect(self.model, self.optimizer)
@@ -113,19 +146,22 @@ class NativeEngine:
         layout = self.mesh.layout
         index = context.zigzag(batch.tokens.shape[1], layout.cp, self.mesh.coordinate("cp"))
         length = batch.tokens.shape[1]
+        batch = batch.look_ahead(self.ahead)  # while rows are whole: another rank may hold the token ahead
         batch = (batch.at(index) if layout.cp > 1 else batch).to(self.device)
         index = index.to(self.device)
-        counts = torch.stack([(batch.labels != IGNORE).sum(), (batch.documents != PADDING).sum()])
-        scored, tokens = self.total(counts, self.mesh.data).tolist()
-        shares = Shares(tokens, len(batch) * layout.data_ranks)
+        real = [(each.documents != PADDING).sum() for each in (batch, *batch.ahead)]
+        counts = torch.stack([(batch.labels != IGNORE).sum(), *real])
+        scored, tokens, *further = self.total(counts, self.mesh.data).tolist()
+        shares = Shares(tokens, len(batch) * layout.data_ranks, tuple(further))
         tables = torch.promote_types(self.compute, torch.float32)
 
         def place(piece: Batch) -> Sequence:
             where = piece.positions, piece.documents, piece.rows
-            return Sequence(*where, key, tables, index=index, length=length, shares=shares)
+            options = {"index": index, "length": length, "shares": shares, "progress": self.progress}
+            return Sequence(*where, key, tables, ahead=piece.ahead, **options)
 
         pieces = list(batch.split(self.recipe.train.micro_batch or len(batch)))
-        return Forward(pieces, place, self.terms, self.records, scored)
+        return Forward(pieces, place, self.terms, self.notes, scored)
 
     def total(self, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         if group.size() > 1:
@@ -133,15 +169,33 @@ class NativeEngine:
         return x
 
     def losses(self, forward: Forward) -> Losses:
-        """Terms of the objective are the same on all ranks of a tp group, records a part on every rank."""
+        """Terms of the objective are the same on all ranks of a tp group; records and tallies a part on every rank, for
+        between slots each has tokens of its own. The biases of a stage are the same on all its ranks."""
         names, scored = list(forward.sums), forward.scored
         values = torch.stack([value.double() for value in forward.sums.values()])
-        recorded = torch.tensor([name in self.records for name in names], device=self.device)
+        recorded = torch.tensor([name in self.notes.records for name in names])
         if self.mesh.coordinate("tp") > 0:
-            values = values * recorded
-        values = self.total(values, dist.group.WORLD) / torch.where(recorded, 1, max(1, scored))
-        terms = dict(zip(names, values.tolist(), strict=True))
-        return Losses(terms.pop("loss"), terms, scored)
+            values = values * recorded.to(self.device)
+        ranges = notes.ranges(self.notes, self.model, self.device)
+        if any(self.mesh.coordinate(axis) for axis in AXES if axis != "pp"):
+            ranges = torch.zeros_like(ranges)
+        values, ranges, *tallies = self.summed([values, ranges, *forward.tallies.values()], torch.device("cpu"))
+        terms = dict(zip(names, (values / torch.where(recorded, 1, max(1, scored))).tolist(), strict=True))
+        experts = notes.experts(self.notes, dict(zip(forward.tallies, tallies, strict=True)), ranges)
+        return Losses(terms.pop("loss"), terms, scored, dict(experts))
+
+    def counted(self, forward: Forward) -> dict[int, Tensor]:
+        """The tally "load" of each layer over all ranks."""
+        mine = notes.loads(forward.tallies)
+        return dict(zip(mine, self.summed(list(mine.values()), self.device), strict=True))
+
+    def summed(self, vectors: list[Tensor], device: torch.device) -> list[Tensor]:
+        """Over all ranks, in one collective and one copy to `device`."""
+        flat = self.total(torch.cat(vectors), dist.group.WORLD).to(device)
+        return list(flat.split([len(vector) for vector in vectors]))
+
+    def wide(self, numbers: tuple[float, ...]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.float64, device=self.device)
 
     def gradients(self) -> dict[str, Tensor]:
         """Every whole gradient of this rank's stages by name, of weights that have one; for tests and `verify`."""

@@ -42,8 +42,12 @@ class Staged:
         self.pipeline.train(forward, len(forward), self._streams(forward)[0])
         self.twins.settle()
 
-    def evaluate(self, forward: Forward) -> None:
+    def count(self, forward: Forward) -> None:
+        """The forward passes alone. What they gather stays for those of `train`."""
         self.pipeline.forward(forward, self._streams(forward))
+
+    def evaluate(self, forward: Forward) -> None:
+        self.count(forward)
         for each in self.parts:
             fully_shard.free(each)
 
@@ -70,7 +74,7 @@ def cut(recipe: Recipe, cfg: NativeConfig, model: Decoder) -> Stages | None:
         if cfg.stages is not None:
             raise LayoutError(f"{cfg.stages!r} cuts a pipeline, but pp=1", stages.WHERE, "leave it empty, or raise pp")
         return None
-    problems += halves(cfg)
+    problems += [*halves(cfg), *_read_twice(cfg, model)]
     try:
         found = stages.cut(cfg.schedule, pp, cfg.stages, work(model, recipe.train.seq_len))
         problems += _bare(model, found)
@@ -91,10 +95,14 @@ def cut(recipe: Recipe, cfg: NativeConfig, model: Decoder) -> Stages | None:
 
 
 def work(model: Decoder, length: int) -> Work:
-    """What each piece of a model costs. A lookup is one FLOP a number read, and one more in the backward pass."""
+    """What each piece of a model costs. A lookup is one FLOP a number read, and one more in the backward pass. What
+    predicts further tokens stands behind the last block and scores them all again."""
     blocks = tuple(flops.forward_flops(block, length) for block in model.blocks.values())
     lookup = flops.forward_flops(model.embed, length) + float(length * model.width)
-    return Work(lookup, blocks, flops.forward_flops(model.head, length) + flops.forward_flops(model.objective, length))
+    last = (1 + model.ahead) * (flops.forward_flops(model.head, length) + flops.forward_flops(model.objective, length))
+    if model.mtp is not None:
+        last += flops.forward_flops(model.mtp, length) + model.ahead * lookup
+    return Work(lookup, blocks, last)
 
 
 def sizes(train: TrainConfig) -> list[int]:
@@ -120,6 +128,15 @@ def halves(cfg: NativeConfig) -> Iterator[ForgeError]:
     if cfg.zero == 3:
         what = f"{two}, and both need the same gathered weights; zero: 3 frees them in between"
         yield RecipeError(what, "engine.zero", f"zero: 2, {other}")
+
+
+def _read_twice(cfg: NativeConfig, model: Decoder) -> Iterator[ForgeError]:
+    """A table that the last stage reads in the middle of its graph and at its end: torch runs what lies between for
+    each half of the backward pass, and the second time its buffers are gone."""
+    tied = any(getattr(module, "borrowed", ()) for module in model.head.modules())
+    if ORDERS[cfg.schedule].split and model.mtp is not None and tied:
+        what = f"{cfg.schedule} runs the backward pass in two halves, and model.mtp and the head read the same table"
+        yield RecipeError(what, "model.head", "head: linear, or engine.schedule: interleaved")
 
 
 def _bare(model: Decoder, found: Stages) -> Iterator[ForgeError]:

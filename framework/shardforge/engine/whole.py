@@ -22,9 +22,13 @@ class Whole:
             forward(self.model, None, micro).backward()
 
     @torch.no_grad()
-    def evaluate(self, forward: Forward) -> None:
+    def count(self, forward: Forward) -> None:
+        """The forward passes alone. What they gather stays for those of `train`."""
         for micro in range(len(forward)):
             forward(self.model, None, micro)
+
+    def evaluate(self, forward: Forward) -> None:
+        self.count(forward)
         fully_shard.free(self.model)
 
     def renew(self) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from shardforge.engine.forward import Forward
+from shardforge.engine.notes import Notes
 from shardforge.nn.batch import Batch
 from shardforge.nn.sequence import Sequence
 
@@ -22,12 +23,13 @@ def place(piece: Batch) -> Sequence:
 
 
 def forward(scored: int = 8) -> Forward:
-    return Forward(pieces(), place, ("loss",), ("balance",), scored)
+    return Forward(pieces(), place, ("loss",), Notes(("balance",), {(0, "load"): 2, (7, "load"): 2}, (), False), scored)
 
 
 def objective(x: Tensor, seq: Sequence, labels: Tensor) -> dict[str, Tensor]:
     seq.record("balance", 0, torch.tensor(2.0))
     seq.record("balance", 7, torch.tensor(3.0))
+    seq.record("load", 7, torch.tensor([1, 4]))
     return {"total": (x + labels).sum(), "loss": torch.tensor(5.0)}
 
 
@@ -63,3 +65,25 @@ def test_only_the_first_part_reads_tokens():
     made(part, None, 0)
     made(part, stream, 0)
     assert torch.equal(seen.inputs[0], pieces()[0].tokens) and seen.inputs[1] is stream
+
+
+def test_tallies_are_kept_layer_by_layer_and_run_over_micro_batches():
+    made = forward()
+    for micro in range(len(made)):
+        made(objective, None, micro)
+    assert {key: value.tolist() for key, value in made.tallies.items()} == {(0, "load"): [0, 0], (7, "load"): [2, 8]}
+
+
+def test_a_step_that_begins_again_forgets_its_sums_and_tells_the_loads():
+    told = []
+
+    def part(x: Tensor, seq: Sequence, labels: Tensor) -> dict[str, Tensor]:
+        told.append(seq.loads)
+        return objective(x, seq, labels)
+
+    made, loads = forward(), {7: torch.ones(2)}
+    made(part, None, 0)
+    made.begin(loads)
+    made(part, None, 1)
+    assert told == [None, loads]
+    assert made.sums["loss"].item() == 5.0 and made.tallies[7, "load"].tolist() == [1, 4]
