@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from shardforge.plan.simulate import Cost
     from shardforge.recipe.schema import Recipe
 
-HELP = "picture a pipeline schedule, place ranks on nodes, or count the bytes of each rank; starts nothing"
+HELP = "count weights, FLOP and bytes, picture a pipeline schedule, or place ranks on nodes; starts nothing"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--ranks", action="store_true", help="which ranks share a node, and which axis crosses nodes")
     what.add_argument("--dry-run", action="store_true", help="bytes of a rank, from a step on tensors without storage")
+    what.add_argument("--params", action="store_true", help="weights, FLOP a token and bytes of cache of the model")
+    params = parser.add_argument_group("with --params")
+    params.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    params.add_argument("--seq-len", type=_count, help="tokens of a sequence (default: the recipe's, or 4096)")
     schedule = parser.add_argument_group("with --schedule")
     schedule.add_argument("--pp", type=_count, help="ranks of the pipeline (default: the recipe's)")
     schedule.add_argument("--micro-batches", type=_count, help="micro-batches of a step (default: the recipe's)")
@@ -60,13 +64,19 @@ def run(args: argparse.Namespace) -> int:
     from shardforge.core.errors import ForgeError
     from shardforge.recipe.load import load
 
-    wanted = [args.schedule is not None, args.ranks, args.dry_run]
+    wanted = [args.schedule is not None, args.ranks, args.dry_run, args.params]
     if sum(wanted) != 1:
         raise ForgeError(
             "nothing to plan" if not any(wanted) else "one thing at a time",
             "shardforge plan",
-            "give one of --schedule, --ranks, --dry-run",
+            "give one of --schedule, --ranks, --dry-run, --params",
         )
+    if args.params:
+        _params(args)
+        return 0
+    if args.json or args.seq_len:
+        given = "--json" if args.json else "--seq-len"
+        raise ForgeError(f"{given} changes nothing here", "shardforge plan", "leave it out, or ask for --params")
     recipe = load(args.recipe, args.sets).recipe
     if args.ranks:
         _ranks(recipe, args.per_node)
@@ -75,6 +85,16 @@ def run(args: argparse.Namespace) -> int:
     else:
         _schedule(recipe, args)
     return 0
+
+
+def _params(args: argparse.Namespace) -> None:
+    import json
+
+    from shardforge.plan.params import params, table
+    from shardforge.recipe.load import load_model
+
+    found = params(load_model(args.recipe, args.sets).recipe, args.seq_len)
+    print(json.dumps(found.as_dict(), indent=2) if args.json else "\n".join(table(found)))
 
 
 def _ranks(recipe: Recipe, per_node: int) -> None:

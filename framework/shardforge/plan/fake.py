@@ -63,8 +63,8 @@ def give_storage(model: nn.Module, mode: FakeTensorMode) -> None:
 class KeepsConfig:
     """For `model.core` where it is left to the machine."""
 
-    def build(self, mask: Mask, scale: float) -> Keeps:
-        return Keeps(mask, scale)
+    def build(self, mask: Mask, scale: float, sinks: bool = False) -> Keeps:
+        return Keeps(mask, scale, sinks)
 
 
 class Keeps(AttentionCore):
@@ -73,19 +73,19 @@ class Keeps(AttentionCore):
     def prepare(self, seq: Sequence) -> None:
         """No mask is needed."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence) -> Tensor:
-        return _Keep.apply(q, k, v)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence, sinks: Tensor | None = None) -> Tensor:
+        return _Keep.apply(q, k, v, sinks)
 
 
 class _Keep(Function):
     @staticmethod
-    def forward(ctx, q, k, v):
+    def forward(ctx, q, k, v, sinks):
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
         sums = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)  # log of each query's normalizer
-        ctx.save_for_backward(q, k, v, out, sums)
+        ctx.save_for_backward(q, k, v, out, sums, sinks)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, *_ = ctx.saved_tensors
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        q, k, v, _, _, sinks = ctx.saved_tensors
+        return *map(torch.empty_like, (q, k, v)), None if sinks is None else torch.empty_like(sinks)

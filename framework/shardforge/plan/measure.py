@@ -14,6 +14,7 @@ from shardforge.core.errors import EngineError
 from shardforge.model import flops
 from shardforge.model.build import build
 from shardforge.model.decoder import Decoder
+from shardforge.nn.batch import Batch
 from shardforge.nn.init import fill
 from shardforge.nn.sequence import Sequence
 from shardforge.parallel.stages import Stages, Work, balance
@@ -115,9 +116,11 @@ def _timed(part: Decoder, recipe: Recipe, tokens: int, device: torch.device) -> 
     x = zeros if part.embed is not None else torch.randn(1, tokens, recipe.model.hidden, device=device, dtype=dtype)
     x.requires_grad_(x.is_floating_point())
     weights = [weight for weight in part.parameters() if weight.requires_grad]
+    ahead = Batch(zeros, zeros, places, zeros, zeros[:, 0]).look_ahead(part.ahead).ahead
     forward, inputs, whole = [], [], []
     for _ in range(REPEATS):
-        seq = Sequence(places, zeros, zeros[:, 0], dtype=torch.promote_types(dtype, torch.float32))
+        tables = torch.promote_types(dtype, torch.float32)
+        seq = Sequence(places, zeros, zeros[:, 0], dtype=tables, ahead=ahead)
         start = _now(device)
         out = part(x, seq, zeros)
         loss = out if isinstance(out, Tensor) else out["total"]

@@ -24,6 +24,7 @@ from shardforge.engine import passes, staged
 from shardforge.engine.fit import check_fit
 from shardforge.engine.forward import Forward
 from shardforge.engine.kinds.native import NativeConfig
+from shardforge.engine.notes import Notes
 from shardforge.engine.staged import Staged
 from shardforge.engine.whole import Whole
 from shardforge.model.build import build
@@ -92,8 +93,8 @@ class Rank:
         cfg = dataclasses.replace(recipe.model, core=fake.KeepsConfig()) if fused else recipe.model
         model = build(cfg, recipe.objective.build(), self.master)
         check_fit(model, self.layout)
-        self.terms = model.objective.terms
-        self.records = sorted({name for module in model.modules() for name in getattr(module, "records", ())})
+        self.terms, self.ahead = model.terms, model.ahead
+        self.notes = Notes.of(model)
         self.cut = stages or staged.cut(recipe, self.cfg, model)
         if self.cut is None:
             self.runner: Whole | Staged = Whole(model, self.cfg.zero)
@@ -117,15 +118,16 @@ class Rank:
         rows = train.micro_batch or max(1, train.sequences // layout.data_ranks)
         index = context.zigzag(train.seq_len, layout.cp, self.mesh.coordinate("cp"))
         zeros = torch.zeros(rows, train.seq_len // layout.cp, dtype=torch.int64)
-        piece = Batch(zeros, zeros, zeros, zeros, zeros[:, 0])
+        piece = Batch(zeros, zeros, zeros, zeros, zeros[:, 0]).look_ahead(self.ahead)
         shares = Shares(train.sequences * train.seq_len, train.sequences)
         tables = torch.promote_types(self.compute, torch.float32)
 
         def place(piece: Batch) -> Sequence:
             where = piece.positions, piece.documents, piece.rows
-            return Sequence(*where, None, tables, index=index, length=train.seq_len, shares=shares)
+            options = {"index": index, "length": train.seq_len, "shares": shares, "ahead": piece.ahead}
+            return Sequence(*where, None, tables, **options)
 
-        return Forward([piece], place, self.terms, self.records, 1)
+        return Forward([piece], place, self.terms, self.notes, 1)
 
     def stages(self) -> tuple[StageBytes, ...]:
         """Run each stage of the rank."""

@@ -14,6 +14,13 @@ from shardforge.recipe.rules import check
 from shardforge.recipe.schema import Recipe
 from shardforge.recipe.tree import Node, Origin, override, read, wrap
 
+STAND_INS: Mapping[str, Any] = {
+    "data": {"sources": [{"path": "data/corpus"}]},
+    "schedule": {"kind": "constant", "lr": 1.0},
+    "train": {"steps": 1, "sequences": 1, "seq_len": 4096},
+}
+"""Sections that a run needs and a model does not."""
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -31,16 +38,31 @@ def load(name_or_path: str | Path, sets: Sequence[str] = ()) -> Loaded:
     Problems lists everything that is wrong at once; RecipeError is for a file that is not there or is not YAML.
     """
     path = find(name_or_path)
-    tree, problems = read(path, lambda name: _named(name, (shipped(),)))
-    return _finish(tree, problems, sets, path)
+    tree, problems = tree_of(path)
+    return finish(tree, problems, sets, path)
+
+
+def load_model(name_or_path: str | Path, sets: Sequence[str] = ()) -> Loaded:
+    """As `load`, for what asks about the model alone: sections of a run that the file does not have get stand-ins,
+    whose origin is "stand-in". With them a file of recipes/models is a recipe."""
+    path = find(name_or_path)
+    tree, problems = tree_of(path)
+    stand_ins = wrap(STAND_INS, Origin("stand-in"))
+    return finish(replace(tree, value={**stand_ins.value, **tree.value}), problems, sets, path)
 
 
 def from_mapping(mapping: Mapping[str, Any], sets: Sequence[str] = ()) -> Loaded:
     """The recipe that a Python mapping describes; configs may stand in it as instances."""
-    return _finish(wrap(mapping, Origin("from_mapping")), [], sets, None)
+    return finish(wrap(mapping, Origin("from_mapping")), [], sets, None)
 
 
-def _finish(tree: Node, problems: list[RecipeError], sets: Sequence[str], path: Path | None) -> Loaded:
+def tree_of(path: Path) -> tuple[Node, list[RecipeError]]:
+    """What a file and its bases say, nothing checked, and the mistakes that did not stop the reading."""
+    return read(path, lambda name: _named(name, (shipped(),)))
+
+
+def finish(tree: Node, problems: list[RecipeError], sets: Sequence[str], path: Path | None) -> Loaded:
+    """The recipe of a tree with `sets` put over it. Problems lists `problems` and everything else that is wrong."""
     for text in sets:
         try:
             tree = override(tree, text)

@@ -64,11 +64,16 @@ def stack_names_blocks(recipe: Recipe, origins: Origins) -> Iterator[ForgeError]
             names = expand(item)
         except RecipeError as error:
             yield broken(RecipeError, origins, "model.stack", error.what, error.fix)
-            names = (item.partition(" x ")[0].strip(),)
-        if names[0] not in model.blocks:
-            what = f"no block is called {names[0]!r}"
-            yield broken(RecipeError, origins, "model.stack", what, suggest(names[0], model.blocks))
-        used.add(names[0])
+            names = tuple(name for name in model.blocks if name in item)
+        for name in dict.fromkeys(names):
+            if name not in model.blocks:
+                what = f"no block is called {name!r}"
+                several = set(name.split()) <= model.blocks.keys()
+                fix = f"write '({name})' for one after another" if several else suggest(name, model.blocks)
+                yield broken(RecipeError, origins, "model.stack", what, fix)
+            used |= {name, *name.split()}
+    if model.mtp is not None:
+        used.add(model.mtp.block)
     if not model.stack:
         fix = f"write [{next(iter(model.blocks), 'block')} x 12]"
         yield broken(RecipeError, origins, "model.stack", "a model needs at least one layer", fix)
@@ -76,6 +81,18 @@ def stack_names_blocks(recipe: Recipe, origins: Origins) -> Iterator[ForgeError]
         if name not in used:
             fix = f"add it to the stack, or write {name}: null to leave it out"
             yield broken(RecipeError, origins, f"model.blocks.{name}", "this block is not in model.stack", fix)
+
+
+def further_tokens_are_there(recipe: Recipe, origins: Origins) -> Iterator[ForgeError]:
+    model, length = recipe.model, recipe.train.seq_len
+    if model.mtp is None:
+        return
+    if model.mtp.block not in model.blocks:
+        what = f"no block is called {model.mtp.block!r}"
+        yield broken(RecipeError, origins, "model.mtp.block", what, suggest(model.mtp.block, model.blocks))
+    if model.mtp.depth >= length:
+        what = f"no position has a token {model.mtp.depth} places ahead in sequences of train.seq_len={length}"
+        yield broken(RecipeError, origins, "model.mtp.depth", what, f"at most {length - 1}; DeepSeek-V3 takes 1")
 
 
 def batch_fits_ranks(recipe: Recipe, origins: Origins) -> Iterator[ForgeError]:
@@ -111,6 +128,26 @@ def batch_warmup_reaches_the_batch(recipe: Recipe, origins: Origins) -> Iterator
     if warmup.steps > train.steps:
         what = f"{warmup.steps} steps of batch warm-up are longer than the run of {train.steps}"
         yield broken(RecipeError, origins, "train.batch_warmup.steps", what, f"write at most {train.steps}")
+
+
+def pools_lie_in_micro_batches(recipe: Recipe, origins: Origins) -> Iterator[ForgeError]:
+    """Modules that pool `sequences` rows of the batch must see whole pools at once."""
+    train, ranks = recipe.train, recipe.parallel.data_ranks
+    sizes = {"train.sequences": train.sequences}
+    if train.batch_warmup is not None:
+        sizes |= {f"train.batch_warmup.{name}": getattr(train.batch_warmup, name) for name in ("start", "increment")}
+    pools = ((path, getattr(config, "sequences", 1)) for path, config in configs(recipe.model, "model"))
+    for path, rows in ((path, rows) for path, rows in pools if rows > 1):
+        if train.micro_batch and train.micro_batch % rows:
+            what = f"pools of {rows} sequences do not fill micro-batches of train.micro_batch={train.micro_batch}"
+            fix = f"a pool must divide it: {divisors_near(rows, train.micro_batch)}"
+            yield broken(RecipeError, origins, f"{path}.sequences", what, fix)
+        for name, count in sizes.items() if not train.micro_batch else ():
+            if count % (ranks * rows):
+                what = (
+                    f"pools of {rows} sequences do not fill the share of each of {ranks} data ranks of {name}={count}"
+                )
+                yield broken(RecipeError, origins, f"{path}.sequences", what, f"{name}: {nearest(count, ranks * rows)}")
 
 
 def sequence_fits_tp(recipe: Recipe, origins: Origins) -> Iterator[ForgeError]:
@@ -198,8 +235,10 @@ def kinds_support_axes(recipe: Recipe, origins: Origins) -> Iterator[ForgeError]
 
 RULES: tuple[Rule, ...] = (
     stack_names_blocks,
+    further_tokens_are_there,
     batch_fits_ranks,
     batch_warmup_reaches_the_batch,
+    pools_lie_in_micro_batches,
     sequence_fits_tp,
     sequence_fits_cp,
     vocabulary_fits_tp,

@@ -5,17 +5,26 @@ from itertools import pairwise
 
 import pytest
 
+from shardforge.core.errors import RecipeError
 from shardforge.core.slots import schedules
 from shardforge.optim.schedules.constant import Constant
 from shardforge.optim.schedules.cosine import Cosine
 from shardforge.optim.schedules.linear import Linear
+from shardforge.optim.schedules.phases import PhasesConfig, Piece
 from shardforge.optim.schedules.wsd import WSD
 from shardforge.optim.shape import progress, warmed
 
 STEPS, WARMUP, LR, FLOOR = 200, 20, 0.5, 0.1
+PIECES = (
+    Piece(until=0.5, lr=LR),
+    Piece(until=0.75, lr=LR / 2, curve="cosine"),
+    Piece(until=0.9, lr=LR / 5),
+    Piece(until=1.0, lr=LR * FLOOR, curve="linear"),
+)
 FALLING = {
     "cosine": Cosine(lr=LR, warmup=WARMUP, floor=FLOOR),
     "linear": Linear(lr=LR, warmup=WARMUP, floor=FLOOR),
+    "phases": PhasesConfig(pieces=PIECES, warmup=WARMUP),
     **{f"wsd-{curve}": WSD(lr=LR, warmup=WARMUP, floor=FLOOR, curve=curve) for curve in ("linear", "sqrt", "cosine")},
 }
 ALL = {"constant": Constant(lr=LR, warmup=WARMUP)} | FALLING
@@ -85,6 +94,40 @@ def test_wsd_is_constant_until_its_decay(decay):
     stable = round(STEPS * (1 - decay))
     assert {schedule.at(step, STEPS) for step in range(stable + 1)} == {LR}
     assert schedule.at(stable + 1, STEPS) < LR
+
+
+@pytest.mark.parametrize(
+    ("step", "rate"),
+    [(99, LR), (100, LR), (125, 0.75 * LR), (149, None), (150, LR / 5), (179, LR / 5), (190, 0.15 * LR), (199, None)],
+)
+def test_phases_hold_fall_and_jump_where_their_pieces_end(step, rate):
+    found = FALLING["phases"].at(step, STEPS)
+    assert found == pytest.approx(rate) if rate else LR * FLOOR < found < LR
+
+
+def test_a_piece_of_a_line_or_a_cosine_begins_at_the_rate_before():
+    line = PhasesConfig(pieces=(Piece(until=0.5, lr=1.0), Piece(until=1.0, lr=0.0, curve="linear")))
+    assert [line.at(step, 8) for step in range(8)] == [1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "told"),
+    [
+        ([], "there is no piece"),
+        ([(1.0, "cosine")], "the first piece is cosine, and there is no rate before it"),
+        ([(0.5, "constant"), (0.5, "linear"), (1.0, "linear")], "a piece until 0.5 comes after one until 0.5"),
+        ([(0.8, "constant"), (0.4, "linear"), (1.0, "linear")], "a piece until 0.4 comes after one until 0.8"),
+        ([(0.5, "constant")], "the pieces end at 0.5 of the steps"),
+    ],
+)
+def test_pieces_that_make_no_course_are_refused(pieces, told):
+    with pytest.raises(RecipeError, match=told):
+        PhasesConfig(pieces=tuple(Piece(until=until, lr=LR, curve=curve) for until, curve in pieces))
+
+
+def test_a_cosine_with_a_horizon_does_not_depend_on_the_length_of_the_run():
+    long, cut = Cosine(lr=LR, warmup=WARMUP), Cosine(lr=LR, warmup=WARMUP, horizon=STEPS)
+    assert [cut.at(step, STEPS // 2) for step in range(STEPS)] == [long.at(step, STEPS) for step in range(STEPS)]
 
 
 def test_every_registered_schedule_is_tested_here():

@@ -11,7 +11,7 @@ import shardforge
 from shardforge.core.errors import ForgeError, Problems, RecipeError
 from shardforge.core.layout import Layout
 from shardforge.recipe import load as module
-from shardforge.recipe.load import find, from_mapping, load, names, shipped
+from shardforge.recipe.load import STAND_INS, find, from_mapping, load, load_model, names, shipped
 from shardforge.recipe.schema import Recipe
 from tests.unit.recipe.stock import TEXT
 
@@ -79,6 +79,25 @@ def test_the_working_directory_does_not_change_what_a_base_means(folder: Path):
     Path("deep").mkdir()
     Path("deep/x.yaml").write_text("base: first\n")
     assert load("deep/x.yaml").recipe.seed == 0
+
+
+def test_a_model_alone_is_a_recipe_for_those_who_ask_about_models(folder: Path):
+    Path("model.yaml").write_text(TEXT.partition("data:")[0])
+    loaded = load_model("model.yaml", ["model.vocab=128"])
+    assert (loaded.recipe.name, loaded.recipe.model.vocab) == ("model", 128)
+    assert {path.partition(".")[0] for path, origin in loaded.origins.items() if str(origin) == "stand-in"} == set(
+        STAND_INS
+    )
+
+
+def test_a_whole_recipe_is_the_same_with_and_without_stand_ins(folder: Path):
+    assert load_model("first").recipe == load("first").recipe
+
+
+def test_a_section_that_is_there_gets_no_stand_in(folder: Path):
+    Path("model.yaml").write_text(TEXT.replace("steps: 10, ", ""))
+    with pytest.raises(Problems, match="train: field 'steps' is missing"):
+        load_model("model.yaml")
 
 
 def test_a_clone_ships_its_recipes_folder():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -36,6 +37,51 @@ def broken(**changes: Any) -> list[str]:
     return []
 
 
+@dataclass(frozen=True)
+class Pooling:
+    sequences: int
+
+
+def pooled(rows: int, **changes: Any) -> list[str]:
+    """What the rules say where the ffn works on pools of so many rows."""
+    recipe = from_mapping(changed(changes)).recipe
+    blocks = {name: replace(block, ffn=Pooling(rows)) for name, block in recipe.model.blocks.items()}
+    recipe = replace(recipe, model=replace(recipe.model, blocks=blocks))
+    return [f"{problem.what} | {problem.fix}" for problem in check(recipe, {})]
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "message"),
+    [
+        (
+            3,
+            {"train__micro_batch": 4},
+            "model.blocks.dense.ffn.sequences: pools of 3 sequences do not fill micro-batches of train.micro_batch=4 | "
+            "a pool must divide it: 2 and 4 are the nearest that work",
+        ),
+        (
+            3,
+            {"parallel__dp_shard": 2},
+            "model.blocks.dense.ffn.sequences: pools of 3 sequences do not fill the share of each of 2 data ranks of "
+            "train.sequences=8 | train.sequences: 6 and 12 are the nearest that work",
+        ),
+        (
+            4,
+            {"train__batch_warmup": RAMP},
+            "model.blocks.dense.ffn.sequences: pools of 4 sequences do not fill the share of each of 1 data ranks of "
+            "train.batch_warmup.increment=2 | train.batch_warmup.increment: 4 is the smallest that works",
+        ),
+    ],
+)
+def test_a_pool_of_sequences_lies_in_one_micro_batch(rows, changes, message):
+    assert pooled(rows, **changes) == [message]
+
+
+@pytest.mark.parametrize("changes", [{}, {"train__micro_batch": 4}, {"parallel__dp_shard": 2}])
+def test_pools_that_fill_micro_batches_break_no_rule(changes):
+    assert pooled(2, **changes) == []
+
+
 def test_the_smallest_recipe_breaks_no_rule():
     assert broken() == []
 
@@ -46,7 +92,7 @@ def test_the_smallest_recipe_breaks_no_rule():
         ({"model__stack": ["dense", "dens x 2"]}, "model.stack: no block is called 'dens' | did you mean 'dense'?"),
         (
             {"model__stack": ["dense", "dense x two"]},
-            "model.stack: cannot read 'dense x two' | write a block name, or 'name x 12'",
+            "model.stack: cannot read 'dense x two' | write a block name, 'name x 12' or '(one another) x 12'",
         ),
         ({"model__stack": []}, "model.stack: a model needs at least one layer | write [dense x 12]"),
         (
