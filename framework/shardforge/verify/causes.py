@@ -49,6 +49,28 @@ def labels(evidence: Evidence) -> str | None:
     return f"scored labels are counted {times(wrong[0].ratio)}{over(evidence, wrong[0].ratio)}"
 
 
+def loads(evidence: Evidence) -> str | None:
+    """The loss is right, and how many tokens each expert got is not."""
+    wrong = evidence.wrong("expert load")
+    if not wrong or not sound(evidence, wrong[0], "loss", "gradient"):
+        return None
+    ratio = wrong[0].ratio
+    exact = wrong[0].rest < EXACT and close(ratio) is not None
+    told = f"are counted {times(ratio)}{over(evidence, ratio)}" if exact else "are not those of the whole batch"
+    return f"the tokens of the experts {wrong[0].name} {told}; the loss is right"
+
+
+def remembered(evidence: Evidence) -> str | None:
+    """Everything of a step is right but what modules keep of it for the next one."""
+    wrong = evidence.wrong("remembered")
+    if not wrong or not sound(evidence, wrong[0], "loss", "expert load", "gradient", "weight"):
+        return None
+    return (
+        f"what is remembered of a step depends on the layout: {listed(wrong)}; it must follow from the loads of the "
+        "whole batch alone, once a step"
+    )
+
+
 def copies(evidence: Evidence) -> str | None:
     wrong = evidence.wrong("copies")
     if not wrong or wrong[0] is not evidence.differences[0]:
@@ -194,6 +216,8 @@ RULES: tuple[Rule, ...] = (
     resumed,
     start,
     labels,
+    loads,
+    remembered,
     copies,
     shifted,
     guessed,

@@ -23,9 +23,11 @@ ROWS = (
     "loss",
     "term",
     "scored labels",
+    "expert load",
     "gradient",
     "gradient norm",
     "weight",
+    "remembered",
     "optimizer state",
     "copies",
 )

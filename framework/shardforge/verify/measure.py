@@ -6,6 +6,7 @@ A key is (phase, what, name): ("step 1", "gradient", "blocks.0.mixer.q.weight").
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from shardforge.checkpoint.store import Store
 from shardforge.engine.base import Engine, Losses
+from shardforge.model.build import build
 from shardforge.nn.batch import Batch
 from shardforge.recipe.schema import Recipe
 from shardforge.verify.rows import batch, part
@@ -48,6 +50,7 @@ def measure(task: Task) -> Found:
     """Collective over the pool."""
     recipe, layout = task.recipe, task.recipe.parallel
     engine = recipe.engine.build(recipe, torch.device("cpu"))
+    buffers = {name for name, _ in build(recipe.model, recipe.objective.build()).named_buffers()}
     held: dict[Key, Tensor] = {}
     rank = layout.data_rank(dist.get_rank())
     folder = task.save or task.load
@@ -57,9 +60,9 @@ def measure(task: Task) -> Found:
     if task.load is not None and store is not None:
         begin = store.committed()[-1]
         engine.load(lambda tensors: store.load(begin, tensors))
-        held |= state("resumed", engine)
+        held |= state("resumed", engine, buffers)
     elif task.gradients:
-        held |= state("start", engine)
+        held |= state("start", engine, buffers)
         held |= losses("start", engine.evaluate(part(batch(recipe, 99), rank, layout.data_ranks)))
     last = begin + task.steps + (task.save is not None)
     for step in range(begin, last):
@@ -70,7 +73,7 @@ def measure(task: Task) -> Found:
         if task.gradients:
             held |= turned
         if task.gradients or step == last - 1:
-            held |= state(phase, engine)
+            held |= state(phase, engine, buffers)
     if task.gradients:
         held |= losses("held out", engine.evaluate(part(batch(recipe, 98), rank, layout.data_ranks)))
     if store is not None:
@@ -101,16 +104,19 @@ def losses(phase: str, found: Losses) -> dict[Key, Tensor]:
         (phase, "term" if name else "loss", name): torch.tensor(value, dtype=torch.float64)
         for name, value in terms.items()
     }
+    for layer, tally in found.experts.items():
+        out[phase, "expert load", f"of layer {layer}"] = torch.tensor(tally.load, dtype=torch.float64)
     return out | {(phase, "scored labels", ""): torch.tensor(float(found.scored), dtype=torch.float64)}
 
 
-def state(phase: str, engine: Engine) -> dict[Key, Tensor]:
-    """Weights and optimizer state as a checkpoint has them."""
+def state(phase: str, engine: Engine, buffers: Collection[str]) -> dict[Key, Tensor]:
+    """Weights, what modules remember (`buffers`), and optimizer state, as a checkpoint has them."""
     out: dict[Key, Tensor] = {}
     for name, tensor in engine.state().items():
         kind, _, rest = name.partition(".")
+        what = "optimizer state" if kind != "model" else "remembered" if rest in buffers else "weight"
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        out[phase, "weight" if kind == "model" else "optimizer state", rest] = whole.detach().clone()
+        out[phase, what, rest] = whole.detach().clone()
     return out
 
 

@@ -15,7 +15,7 @@ from shardforge.recipe.schema import Recipe
 from shardforge.verify import cases
 from shardforge.verify.cases import Case
 from shardforge.verify.portable import portable
-from shardforge.verify.shrink import check, placed, shrink
+from shardforge.verify.shrink import check, placed, pooled, pools, shrink
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def prepare(recipe: Recipe, wanted: Wanted) -> tuple[cases.Plan, Recipe, list[Ca
         def allowed(case: Case) -> bool:
             return not refused(small, case, recipe.engine)
 
-        listed = cases.sampled(plan.layouts, recipe.engine, small.train.sequences, allowed)
+        listed = cases.sampled(plan.layouts, recipe.engine, small.train.sequences // pooled(small), allowed)
         return plan, small, listed
     asked = wanted.layouts or (recipe.parallel,)
     for layout in asked:
@@ -64,7 +64,7 @@ def as_recipe(recipe: Recipe, small: Recipe, layout: Layout) -> Case:
     """A layout with the recipe's own options and about as many micro-batches."""
     share = max(1, recipe.train.sequences // recipe.parallel.data_ranks)
     pieces = share // (recipe.train.micro_batch or share)
-    return Case(layout, (), cases.micro_batches(layout, pieces, small.train.sequences // layout.data_ranks))
+    return Case(layout, (), cases.micro_batches(layout, pieces, pools(small, layout)))
 
 
 def layered(recipe: Recipe, layouts: Sequence[Layout], full: Sequence[Layout]) -> Recipe:
@@ -112,6 +112,7 @@ def companion(case: Case, deep: Sequence[Case], small: Recipe) -> Case:
     if len(deep) > 1:
         return deep[(list(deep).index(case) + 1) % len(deep)]
     flat = Layout(dp_shard=case.layout.world_size)
-    if flat == case.layout or small.train.sequences % flat.data_ranks or refused(small, Case(flat), small.engine):
+    rows = flat.data_ranks * pooled(small)
+    if flat == case.layout or small.train.sequences % rows or refused(small, Case(flat), small.engine):
         return Case(Layout())
     return Case(flat)

@@ -119,7 +119,7 @@ class Workplace:
         last, following = f"step {self.wanted.steps}", f"step {self.wanted.steps + 1}"
         out: dict[Key, Tensor] = {}
         for (phase, what, name), value in self.alone().values.items():
-            if phase == last and what in ("weight", "optimizer state"):
+            if phase == last and what in ("weight", "remembered", "optimizer state"):
                 out["resumed", what, name] = value
             if phase in (following, "held out"):
                 out[phase, what, name] = value

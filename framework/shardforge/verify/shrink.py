@@ -1,8 +1,9 @@
 """A recipe's model, small: every kind, option, ratio and neighbourhood of blocks is kept, the numbers get small.
 
 What a number is follows from its field: `unit="tokens"` is a length, "width", "rank" or "channels" in its name or its
-meaning is a width, "heads", "experts" or "groups" a count. Lengths keep their share of the sequence, widths their order
-and equality, counts their ratios. A kind for which that does not hold returns its small config from
+meaning is a width, "heads", "experts" or "groups" a count, and a field called "sequences" the rows of a pool. Lengths
+keep their share of the sequence, widths their order and equality, counts their ratios (so groups go on dividing experts
+as they did), and pools of several rows become pairs. A kind for which that does not hold returns its small config from
 `shrunk(self, scale: Scale)`.
 """
 
@@ -25,7 +26,7 @@ from shardforge.recipe import rules
 from shardforge.recipe.schema import Recipe
 from shardforge.verify.stack import shortened
 
-Role = Literal["tokens", "width", "count", "other"]
+Role = Literal["tokens", "width", "count", "rows", "other"]
 
 HIDDEN, LENGTH, ROWS = 32, 32, 48
 """What the width of the stream, the sequence and the vocabulary shrink to, where the layouts allow it."""
@@ -51,6 +52,9 @@ class Scale:
     def count(self, value: int) -> int:
         return self.counts[value]
 
+    def rows(self, value: int) -> int:
+        return min(value, 2)
+
     def tokens(self, value: int) -> int:
         """At least the sequence where it was, else its share of it, from 5 tokens up to half of the sequence."""
         if value >= self.length:
@@ -64,6 +68,8 @@ def role(field: dataclasses.Field[Any], value: Any) -> Role:
         return "other"
     if field.metadata.get("unit") == "tokens":
         return "tokens"
+    if field.name == "sequences":
+        return "rows"
     words = set(re.findall("[a-z]+", f"{field.name} {field.metadata.get('meaning', '')}".lower()))
     if words & WIDTHS:
         return "width"
@@ -93,9 +99,8 @@ def resized(value: Any, scale: Scale) -> Any:
         changes = {}
         for field in dataclasses.fields(value):
             inner, kind = getattr(value, field.name), role(field, getattr(value, field.name))
-            change: Callable[[Any], Any] = {"tokens": scale.tokens, "width": scale.width, "count": scale.count}.get(
-                kind, lambda inner: resized(inner, scale)
-            )
+            known = {"tokens": scale.tokens, "width": scale.width, "count": scale.count, "rows": scale.rows}
+            change: Callable[[Any], Any] = known.get(kind, lambda inner: resized(inner, scale))
             if field.init:
                 changes[field.name] = change(inner)
         return dataclasses.replace(value, **changes)
@@ -137,7 +142,7 @@ def shrink(recipe: Recipe, layouts: Sequence[Layout], full: Sequence[Layout] = (
         try:
             small = _sized(recipe, layouts, factor, math.lcm(quantum, degrees), least, layers)
             for layout in layouts:
-                check(placed(small, layout, recipe.engine, small.train.sequences // layout.data_ranks))
+                check(placed(small, layout, recipe.engine, pools(small, layout)))
         except ForgeError as error:
             failure = failure or error
             continue
@@ -149,6 +154,16 @@ def shrink(recipe: Recipe, layouts: Sequence[Layout], full: Sequence[Layout] = (
         failure.where if failure is not None else "parallel",
         failure.fix if failure is not None else "name one layout at a time",
     )
+
+
+def pooled(recipe: Recipe) -> int:
+    """Rows of the batch that a micro-batch of a small recipe must not part."""
+    return max(numbers(recipe.model, "rows"), default=1)
+
+
+def pools(small: Recipe, layout: Layout) -> int:
+    """The most micro-batches that a data rank's share can be cut into."""
+    return small.train.sequences // layout.data_ranks // pooled(small)
 
 
 def placed(small: Recipe, layout: Layout, engine: Any, micro_batches: int) -> Recipe:
@@ -170,7 +185,7 @@ def _sized(recipe: Recipe, layouts: Sequence[Layout], factor: int, quantum: int,
     wide = widths(numbers((recipe.model, recipe.objective), "width"), recipe.model.hidden, quantum)
     train = dataclasses.replace(
         recipe.train,
-        sequences=math.lcm(*(layout.data_ranks * 2 * layout.pp for layout in layouts), 4),
+        sequences=math.lcm(*(layout.data_ranks * 2 * layout.pp for layout in layouts), 4) * min(2, pooled(recipe)),
         seq_len=seq_len,
         micro_batch=None,
         batch_warmup=None,

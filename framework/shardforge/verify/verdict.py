@@ -24,6 +24,7 @@ COLUMNS = {
     "gradient": ("gradient",),
     "norm": ("gradient norm",),
     "weights": ("weight",),
+    "experts": ("expert load", "remembered"),
     "state": ("optimizer state",),
     "copies": ("copies",),
     "optims": (),

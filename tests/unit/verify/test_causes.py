@@ -55,6 +55,31 @@ def test_a_product_of_two_degrees_names_both_axes():
     assert "counted 8 times over dp x tp" in told("dp4-tp2", scaled(8.0))[1]
 
 
+def routed(phase: str = "step 1") -> dict[Key, Tensor]:
+    """What one process finds of experts beside the rest."""
+    load, bias = torch.tensor([6.0, 2.0]), torch.tensor([-1.0, 1.0])
+    return {(phase, "expert load", "of layer 3"): load, (phase, "remembered", "blocks.3.ffn.router.bias"): bias}
+
+
+def test_loads_that_are_counted_twice_name_the_axis():
+    wrong = {key: 2 * value for key, value in routed().items() if key[1] == "expert load"}
+    assert told("tp2", wrong, step() | routed()) == (
+        "loads",
+        "the tokens of the experts of layer 3 are counted twice over tp; the loss is right",
+    )
+
+
+def test_what_is_remembered_is_not_blamed_on_the_loads():
+    wrong = {key: -value for key, value in routed().items() if key[1] == "remembered"}
+    rule, says = told("dp2", wrong, step() | routed())
+    assert rule == "remembered" and "depends on the layout: blocks.3.ffn.router.bias" in says
+
+
+def test_loads_that_follow_from_a_wrong_forward_pass_are_not_the_cause():
+    wrong = {key: 2 * value for key, value in routed().items()} | {("step 1", "loss", ""): torch.tensor(3.5)}
+    assert told("dp2", wrong, step() | routed())[0] not in ("loads", "remembered")
+
+
 def test_routers_alone_are_named():
     noise = {("step 1", "gradient", "blocks.0.ffn.router.weight"): torch.arange(4.0)}
     assert told("dp2", noise) == ("some", "only the gradients of routers differ")

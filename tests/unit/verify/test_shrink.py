@@ -14,7 +14,7 @@ from shardforge.nn.module import declared
 from shardforge.recipe.load import from_mapping, load, shipped
 from shardforge.recipe.rules import configs
 from shardforge.recipe.schema import Recipe
-from shardforge.verify.shrink import HIDDEN, Scale, counts, resized, role, shrink, widths
+from shardforge.verify.shrink import HIDDEN, Scale, counts, pooled, pools, resized, role, shrink, widths
 from tests.tiny import GLU, GQA, mapping
 
 REST: dict[str, Any] = {
@@ -99,6 +99,36 @@ def test_experts_keep_their_ratio_and_more_than_one_is_chosen():
     assert counts([256, 8, 1], factor=1, least=2) == {1: 1, 8: 2, 256: 64}
 
 
+def mixture(**changes: Any) -> Recipe:
+    ffn = {"kind": "moe", "experts": 256, "k": 8, "inner": 2048, "shared": GLU | {"inner": 2048}} | changes
+    return from_mapping(mapping(ffn=ffn, train=REST["train"])).recipe
+
+
+@pytest.mark.parametrize(("experts", "k", "groups", "kept"), [(256, 8, 8, 4), (160, 6, 8, 3), (384, 8, 1, 1)])
+@pytest.mark.parametrize("layout", ["dp2", "dp8-ep8", "dp3-ep3"])
+def test_groups_of_experts_stay_those_of_the_large_model(experts, k, groups, kept, layout):
+    router = {"kind": "topk", "groups": groups, "group_topk": kept}
+    ffn = shrink(mixture(experts=experts, k=k, router=router), [Layout.parse(layout)]).model.blocks["one"].ffn
+    small = ffn.router
+    assert ffn.experts % small.groups == 0 and ffn.experts // ffn.k == experts // k
+    assert (small.groups == 1) == (groups == 1) and small.groups * kept == small.group_topk * groups
+    assert groups == 1 or ffn.k * kept == small.group_topk * k  # as many of each group
+
+
+def test_pools_of_sequences_become_pairs_that_no_micro_batch_parts():
+    balance = [{"scope": "sequence", "weight": 0.1, "sequences": 4}]
+    layout = Layout(dp_shard=2)
+    small = shrink(mixture(balance=balance), [layout])
+    assert small.model.blocks["one"].ffn.balance[0].sequences == pooled(small) == 2
+    assert small.train.sequences // layout.data_ranks // pools(small, layout) == 2
+    assert pools(small, layout) == pools(shrink(mixture(), [layout]), layout)
+
+
+def test_room_in_tokens_does_not_count_as_experts():
+    small = shrink(mixture(capacity={"factor": 1.0, "min": 3}), [Layout(dp_shard=2)]).model.blocks["one"].ffn
+    assert (small.experts, small.k, small.capacity.min) == (64, 2, 3)
+
+
 def test_a_small_count_does_not_grow():
     assert counts([4, 2], factor=1, least=2) == {1: 1, 2: 2, 4: 4}
 
@@ -115,6 +145,7 @@ class Numbers:
     inner: int = option(300, "between the projections")
     latent: int = option(300, "rank of the projection")
     experts: int = option(8, "to choose from")
+    sequences: int = option(100, "rows that are one pool")
     kernel: int = option(4, "positions of the filter")
     buckets: int = option(100_000, "rows of the hash table")
     sunk: bool = option(True, "heads may look away")
@@ -128,6 +159,7 @@ class Numbers:
         ("inner", "width"),
         ("latent", "width"),
         ("experts", "count"),
+        ("sequences", "rows"),
         ("kernel", "other"),
         ("buckets", "width"),
         ("sunk", "other"),

@@ -55,7 +55,7 @@ def test_the_first_line_says_what_is_held_against_what_and_how_small_it_is():
 def test_a_row_stands_under_the_header():
     listed = [Case(Layout.parse("dp2-tp2"))]
     line = row(judged("dp2-tp2", resumed=("dp4", 3e-16)), listed)
-    assert line.split() == ["dp2-tp2", "1e-16", "-", "2e-15", *["-"] * 5, "3e-16", "equal"]
+    assert line.split() == ["dp2-tp2", "1e-16", "-", "2e-15", *["-"] * 6, "3e-16", "equal"]
     assert header(listed).index("verdict") == line.index("equal")
 
 
