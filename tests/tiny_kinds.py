@@ -11,11 +11,24 @@ from shardforge.core.slots import Slot
 from tests.tiny import GLU, GQA
 
 MOE = {"kind": "moe", "experts": 4, "k": 2, "inner": 24}
+EVEN = [{"scope": "sequence", "weight": 0.1}]
+EVERYWHERE = [*EVEN, {"scope": "batch", "weight": 0.2}, {"scope": "layers", "weight": 0.3, "counts": "previous"}]
+TIGHT = {"factor": 1.0, "min": 1, "rounding": "ceil"}
+
+RAW = {"kind": "topk", "score": "sigmoid", "weights": "raw"}
 
 VALUES: dict[str, Any] = {"heads": 4, "kv_heads": 4, "head_dim": 4, "inner": 24, "size": 5, "length": 16, "lr": 0.01}
 VALUES |= {"kv_lora_rank": 6, "qk_nope_head_dim": 3, "qk_rope_head_dim": 2, "v_head_dim": 5}
 VALUES |= {"experts": 4, "k": 2}
+VALUES |= {"factor": 4.0, "original_length": 16}
 """What a required field of a kind is in a tiny model, by its name."""
+
+
+CHOICES = {"switch": 1}
+"""Experts a token goes through, where a kind of router leaves no choice."""
+
+LEAKING = {"expert_choice"}
+"""Kinds of router that a causal model refuses; their own tests know them."""
 
 
 def kind(slot: Slot, name: str) -> dict[str, Any]:
@@ -36,22 +49,30 @@ def variants() -> dict[str, dict[str, Any]]:
         out |= {f"{name}-{each}": {name: kind(slot, each)} for each in slot.kinds()}
     for name, slot in {"position": slots.positions, "mask": slots.masks}.items():
         out |= {f"{name}-{each}": {"mixer": GQA | {name: kind(slot, each)}} for each in slot.kinds()}
+    for each in slots.rope_scalings.kinds():
+        out[f"scaling-{each}"] = {
+            "mixer": GQA | {"position": {"kind": "rope", "scaling": kind(slots.rope_scalings, each)}}
+        }
     for each in slots.norms.kinds():
         out[f"residual-norm-{each}"] = {"residual": {"kind": "pre", "norm": kind(slots.norms, each)}}
         for over in ("head", "all"):
             out[f"qk-norm-{over}-{each}"] = {"mixer": GQA | {"qk_norm": kind(slots.norms, each), "qk_norm_over": over}}
-    for each in slots.routers.kinds():
-        out[f"router-{each}"] = {"ffn": MOE | {"router": kind(slots.routers, each)}}
+    for each in sorted(slots.routers.kinds().keys() - LEAKING):
+        out[f"router-{each}"] = {"ffn": MOE | {"router": kind(slots.routers, each), "k": CHOICES.get(each, MOE["k"])}}
     for each in slots.objectives.kinds():
         out[f"objective-{each}"] = {"objective": kind(slots.objectives, each)}
     return out
 
+
+SINKS = GQA | {"heads": 8, "sinks": "learned"}
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "grouped-heads": {"mixer": GQA | {"heads": 8}},
     "all-biases": {"mixer": GQA | {"bias": "all"}, "ffn": GLU | {"bias": True}},
     "mlp-relu2-bias": {"ffn": {"kind": "mlp", "inner": 24, "activation": "relu2", "bias": True}},
     "half-rope": {"mixer": GQA | {"position": {"kind": "rope", "fraction": 0.5}}},
+    "interleaved-rope": {"mixer": GQA | {"position": {"kind": "rope", "layout": "interleaved"}}},
+    "absorbed-latents": {"mixer": kind(slots.mixers, "mla") | {"evaluation": "absorbed"}},
     "offset-norm": {"residual": {"kind": "sandwich", "norm": {"kind": "rmsnorm", "offset": 1.0}}},
     "post-norm": {"residual": {"kind": "post", "norm": "layernorm"}, "model": {"norm": "none"}},
     "scaled-embedding-tied": {"model": {"embedding": {"kind": "token", "scale": 4.0}, "head": "tied"}},
@@ -59,10 +80,23 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "objective": {"kind": "next_token", "z_loss": 0.1},
         "model": {"head": {"kind": "softcap", "cap": 5.0}},
     },
-    "moe-shared-limited": {"ffn": MOE | {"shared": GLU, "capacity": 1.0, "balance": 0.1, "z_loss": 0.01}},
-    "moe-sigmoid-raw": {"ffn": MOE | {"router": {"kind": "sigmoid", "over": "none", "scale": 2.5}, "balance": 0.1}},
+    "moe-shared-limited": {
+        "ffn": MOE | {"shared": GLU, "shared_gate": "sigmoid", "capacity": TIGHT, "balance": EVEN, "z_loss": 0.01}
+    },
+    "moe-clamped-biases": {"ffn": MOE | {"bias": True, "clamp": 7.0, "balance": EVERYWHERE}},
+    "moe-mlp-experts": {"ffn": MOE | {"form": "mlp", "activation": "relu2", "bias": True, "capacity": TIGHT}},
+    "moe-sigmoid-raw": {"ffn": MOE | {"router": RAW | {"scale": 2.5}, "balance": EVEN}},
     "dropout": {"residual": {"kind": "pre", "dropout": 0.3}, "model": {"dropout": 0.2}},
     "eager-core": {"model": {"core": "eager"}},
+    "sinks": {
+        "model": {
+            "blocks": {
+                "near": {"mixer": SINKS | {"mask": {"kind": "window", "size": 4}}, "ffn": GLU},
+                "far": {"mixer": SINKS, "ffn": GLU},
+            },
+            "stack": ["near", "far"],
+        }
+    },
     "two-blocks": {
         "model": {
             "blocks": {

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from shardforge.core.layout import Layout
+from shardforge.engine.base import Losses
 from shardforge.model.ffns.glu import GLU
 from shardforge.nn.record import charge
 from shardforge.nn.sequence import Sequence
@@ -19,7 +20,8 @@ from tests.tiny import RTOL, assert_same, batch, part, tiny
 
 
 def two_steps(layout: Layout, changes: dict[str, Any]) -> dict[str, Tensor]:
-    """Loss, gradients, clip norm of two steps and the weights after each, by name; on rank 0, of all stages."""
+    """Loss, gradients, clip norm of two steps, how experts were used, and the weights and what modules remember after
+    each step, by name; on rank 0, of all stages."""
     recipe = tiny(layout=layout, **changes)
     engine = recipe.engine.build(recipe, torch.device("cpu"))
     out: dict[str, Tensor] = {}
@@ -27,12 +29,25 @@ def two_steps(layout: Layout, changes: dict[str, Any]) -> dict[str, Tensor]:
         mine = part(batch(step), engine.mesh.data_rank, layout.data_ranks)
         losses = engine.forward_backward(mine, step)
         out[f"{step} loss"] = torch.tensor([losses.loss, *losses.terms.values()], dtype=torch.float64)
+        out |= tallies(step, losses)
         out |= {f"{step} grad {name}": grad for name, grad in engine.gradients().items()}
         out[f"{step} norm"] = torch.tensor(engine.update(0.01).grad_norm, dtype=torch.float64)
         out |= {f"{step} weight {name}": whole(weight) for name, weight in engine.model.named_parameters()}
+        out |= {f"{step} remembered {name}": buffer for name, buffer in engine.model.named_buffers()}
+        out = {name: value.clone() for name, value in out.items()}
     held = engine.evaluate(part(batch(9), engine.mesh.data_rank, layout.data_ranks))
     out["held-out loss"] = torch.tensor(held.loss, dtype=torch.float64)
-    return together({name: value.clone() for name, value in out.items()})
+    return together(out)
+
+
+def tallies(step: int, losses: Losses) -> dict[str, Tensor]:
+    """Whole numbers as such, so that they must be the same."""
+    out = {}
+    for layer, tally in losses.experts.items():
+        out[f"{step} load {layer}"] = torch.tensor([*tally.load, tally.tokens, tally.dropped]).long()
+        out[f"{step} bias {layer}"] = torch.tensor(tally.bias or (0.0, 0.0))
+        out[f"{step} entropy {layer}"] = torch.tensor(tally.entropy, dtype=torch.float64)
+    return out
 
 
 def compare(ranks, expected: dict[str, Tensor], layout: str, changes: dict[str, Any]) -> None:
@@ -48,7 +63,10 @@ def together(mine: dict[str, Tensor]) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for theirs in everyone or ():
         for name, value in theirs.items():
-            torch.testing.assert_close(value, out.setdefault(name, value), rtol=RTOL, atol=RTOL)
+            first = out.setdefault(name, value)
+            torch.testing.assert_close(
+                value, first, rtol=RTOL, atol=RTOL, msg=lambda told, name=name: f"{name}: {told}"
+            )
     return out
 
 

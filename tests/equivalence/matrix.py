@@ -9,10 +9,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from shardforge.core import slots
 from shardforge.core.layout import Layout
+from tests.equivalence.mixtures import DEEPSEEK, OSS
 from tests.tiny import GLU, GQA, LENGTH, SEQUENCES
-from tests.tiny_kinds import MOE, kind
 
 Row = dict[str, str]
 
@@ -32,12 +31,12 @@ MODELS: Mapping[str, dict[str, Any]] = {
             "stack": ["near x 2", "far", "near"],
         }
     },
-    "mla": {"mixer": kind(slots.mixers, "mla"), "model": {"stack": ["one x 4"]}},
-    "moe": {
-        "ffn": MOE | {"shared": GLU, "balance": 0.1, "z_loss": 0.1},
+    "moe-deepseek": DEEPSEEK
+    | {
         "objective": {"kind": "next_token", "z_loss": 0.1},
-        "model": {"stack": ["one x 4"]},
+        "model": {"stack": ["one x 4"], "mtp": {"block": "one", "weight": 0.5}},
     },
+    "moe-oss": OSS | {"model": OSS["model"] | {"stack": ["one x 4"]}},
 }
 
 DENSE = ["one", "dp2", "tp2", "cp2", "pp2", "dp4", "rep2-dp2", "tp4", "cp4", "pp4"]
@@ -76,7 +75,7 @@ def fits(row: Row) -> bool:
             return False
         if layout.pp > 1 and schedule == "none":
             return False
-        if layout.ep * layout.etp > 1 and row.get("model", "moe") != "moe":
+        if layout.ep * layout.etp > 1 and not row.get("model", "moe").startswith("moe"):
             return False
         if layout.pp == 4 and schedule in ("interleaved", "zero_bubble", "zbv", "dualpipev"):
             return False  # the tiny models have 4 layers
@@ -88,7 +87,7 @@ def fits(row: Row) -> bool:
         return False
     if schedule not in (None, "none", "gpipe", "1f1b") and row.get("micro_batch") == "2":
         return False  # too few micro-batches of a data rank's share
-    if row.get("model") != "moe" and row.get("dispatch", "auto") != "auto":
+    if not row.get("model", "").startswith("moe") and row.get("dispatch", "auto") != "auto":
         return False
     return not (row.get("context") == "ulysses" and layout is not None and layout.cp * layout.tp > 4)
 

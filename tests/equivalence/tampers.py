@@ -22,6 +22,7 @@ from shardforge.core.errors import LayoutError
 from shardforge.core.layout import Layout
 from shardforge.engine import native
 from shardforge.engine.forward import Forward
+from shardforge.model import experts
 from shardforge.model.ffns import moe
 from shardforge.model.routing import Routing
 from shardforge.nn import collectives, linear, module, overlap, record
@@ -140,8 +141,8 @@ def own_keys_only() -> None:
 
 def experts_twice() -> None:
     """The gradient of an expert is summed once more over ep."""
-    right = moe.grouped_linear
-    moe.grouped_linear = lambda x, weight, counts: right(x, weight + (weight - weight.detach()), counts)
+    right = experts.grouped_linear
+    experts.grouped_linear = lambda x, weight, counts: right(x, weight + (weight - weight.detach()), counts)
 
 
 def routers_of_own_experts() -> None:
@@ -151,8 +152,8 @@ def routers_of_own_experts() -> None:
         share = self.choices // dist.get_world_size()
         first = share * dist.get_rank()
 
-        def routed(x: Tensor, seq: Any) -> Routing:
-            found = router(x, seq)
+        def routed(x: Tensor, seq: Any, split: Any) -> Routing:
+            found = router(x, seq, split)
             own = (found.expert >= first) & (found.expert < first + share)
             return Routing(found.expert, found.weight.where(own, found.weight.detach()), found.shares, found.logits)
 
@@ -174,6 +175,33 @@ def auxiliary_twice() -> None:
         return grad, 2 * grad.new_ones((), dtype=ctx.dtype)
 
     record._Charge.backward = staticmethod(backward)
+
+
+def loads_over_data() -> None:
+    """Routers remember the loads of the ranks that have other sequences, and leave out those that share them."""
+
+    def losses(engine: native.NativeEngine, out: Forward) -> Any:
+        engine.own = {layer: value.clone() for (layer, name), value in out.tallies.items() if name == "load"}
+        return right(engine, out)
+
+    def settle(engine: native.NativeEngine) -> None:
+        engine.loads = {layer: engine.total(load, engine.mesh.data) for layer, load in engine.own.items()}
+        settled(engine)
+
+    right, settled = native.NativeEngine.losses, native.NativeEngine.settle
+    native.NativeEngine.losses, native.NativeEngine.settle = losses, settle
+
+
+def loads_twice() -> None:
+    """Tokens of experts are counted on each rank that has their sequence."""
+
+    def call(self: Forward, part: Any, x: Tensor | None, micro: int) -> Tensor:
+        found = right(self, part, x, micro)
+        self.tallies = {key: value + value for key, value in self.tallies.items()}
+        return found
+
+    right = Forward.__call__
+    Forward.__call__ = call
 
 
 def norm_of_matrices() -> None:

@@ -29,6 +29,8 @@ WINDOWED = ("auto", "gather", "ring")
 WIDE = GQA | {"heads": 8}
 NEAR = {"mixer": WIDE | {"mask": {"kind": "window", "size": 3}}, "ffn": GLU}
 FAR = {"mixer": WIDE | {"position": "nope"}, "ffn": GLU}
+SINKS = {"sinks": "learned", "kv_heads": 2}
+SUNK = {"near": NEAR | {"mixer": NEAR["mixer"] | SINKS}, "far": FAR | {"mixer": FAR["mixer"] | SINKS}}
 
 
 def windowed(size: int) -> dict[str, Any]:
@@ -39,9 +41,12 @@ def engine(**changes: Any) -> dict[str, Any]:
     return {"engine": {"kind": "native", **changes}}
 
 
+LATENTS = kind(slots.mixers, "mla") | {"evaluation": "absorbed", "qk_rope_head_dim": 4}
+LATENTS["position"] = {"kind": "rope", "scaling": {"kind": "dynamic", "factor": 4.0, "original_length": LENGTH // 2}}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "one-kv-head": ("packed", {"mixer": WIDE | {"kv_heads": 1}}),
     "mla": ("joined", {"mixer": kind(slots.mixers, "mla")}),
+    "mla-absorbed": ("packed", {"mixer": LATENTS}),
     "causal": ("packed", {"mixer": WIDE}),
     "one-document": ("joined", {"mixer": WIDE | {"kv_heads": 8}}),
     "grouped-qk-norm": ("padded", {"mixer": WIDE | {"kv_heads": 2, "qk_norm": "rmsnorm", "bias": "all"}}),
@@ -49,6 +54,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "window-of-a-chunk": ("joined", windowed(5)),
     "window-over-chunks": ("padded", windowed(9)),
     "near-and-far": ("packed", {"model": {"blocks": {"near": NEAR, "far": FAR}, "stack": ["near x 2", "far"]}}),
+    "sinks": ("padded", {"model": {"blocks": SUNK, "stack": ["near", "far"]}}),
     "learned-positions": (
         "padded",
         {"mixer": WIDE | {"position": "nope"}, "model": {"embedding": {"kind": "learned", "length": LENGTH}}},
@@ -64,6 +70,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 SHARDED = {
     "dropout-recomputed": {"engine": {"recompute": "full"}},
     "eager-accumulated": {"engine": {"recompute": "selective"}, "train": {"micro_batch": 2}},
+    "sinks": {"engine": {"recompute": "selective"}},
 }
 """How the ranks compute a case; one process computes it plainly."""
 
@@ -107,7 +114,7 @@ def sharded(case: str, method: str) -> dict[str, Any]:
 
 def methods(case: str) -> tuple[str, ...]:
     """Those that differ: without a window auto is gather."""
-    if case == "near-and-far":
+    if case in ("near-and-far", "sinks"):
         return ("gather", *PLAIN)
     return WINDOWED if case.startswith("window") else PLAIN
 
@@ -167,7 +174,7 @@ def test_a_recipe_whose_heads_cannot_be_traded_is_refused_before_the_run():
 @pytest.mark.slow
 @pytest.mark.parametrize("method", PLAIN)
 def test_compiled_blocks_share_sequences_as_eager_ones_do(ranks, method):
-    changes = CASES["near-and-far"][1]
+    changes = CASES["sinks"][1]
     expected = ranks(1).run(cases.two_steps, Layout(), changes)[0]
     got = ranks(2).run(cases.compiled_two_steps, Layout(cp=2), changes | engine(context=method, compiled=True))[0]
     got.pop("graphs")

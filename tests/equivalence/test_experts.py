@@ -19,14 +19,40 @@ from shardforge.nn.tokens import TokenSplit
 from tests.equivalence.cases import compiled_two_steps, two_steps
 from tests.equivalence.traps import replaced
 from tests.tiny import GLU, LENGTH, SEQUENCES, assert_same
-from tests.tiny_kinds import MOE
+from tests.tiny_kinds import EVEN, MOE, RAW, TIGHT
 
 EXPERTS = 4
 TRAIN = {"steps": 2, "sequences": SEQUENCES, "seq_len": LENGTH}
 CASES: dict[str, dict[str, Any]] = {
-    "dropless": {"ffn": MOE | {"balance": 0.1, "z_loss": 0.1}},
-    "limited": {"ffn": MOE | {"shared": GLU, "capacity": 1.0, "balance": 0.1, "z_loss": 0.1}},
-    "raw": {"ffn": MOE | {"router": {"kind": "sigmoid", "over": "none"}, "k": 1, "capacity": 0.5, "balance": 0.1}},
+    "dropless": {"ffn": MOE | {"balance": EVEN, "z_loss": 0.1}},
+    "limited": {"ffn": MOE | {"shared": GLU, "capacity": TIGHT, "balance": EVEN, "z_loss": 0.1}},
+    "raw": {"ffn": MOE | {"router": RAW, "k": 1, "capacity": TIGHT | {"factor": 0.5}, "balance": EVEN}},
+    "clamped": {
+        "ffn": MOE
+        | {
+            "bias": True,
+            "clamp": 0.5,
+            "shared": GLU,
+            "shared_gate": "sigmoid",
+            "capacity": TIGHT | {"drop": "weight", "eval_factor": 2.0},
+            "balance": [
+                {"scope": "sequence", "weight": 0.1, "sequences": 2},
+                {"scope": "batch", "weight": 0.2},
+                {"scope": "layers", "weight": 0.3},
+            ],
+        }
+    },
+    "previous": {
+        "ffn": MOE
+        | {
+            "form": "mlp",
+            "bias": True,
+            "balance": [
+                {"scope": "batch", "weight": 0.2, "counts": "previous"},
+                {"scope": "layers", "weight": 0.3, "counts": "previous"},
+            ],
+        }
+    },
 }
 LAYOUTS = ["dp2-ep2", "tp2-ep2", "dp2-etp2", "dp4-ep4", "rep2-dp2-ep2", "dp2-tp2-ep2"]
 LAYOUTS += ["cp2-tp2-ep4", "cp2-tp2-ep2-etp2"]
@@ -43,8 +69,8 @@ def skewed(layout: Layout, changes: dict[str, Any]) -> dict[str, Tensor]:
     """two_steps with every token of the first layer sent to experts 1 and 2 in turn, so that 0 and 3 get none."""
     route = TopK.forward
 
-    def turned(self: TopK, x: Tensor, seq: Any) -> Any:
-        routing = route(self, x, seq)
+    def turned(self: TopK, x: Tensor, seq: Any, split: TokenSplit) -> Any:
+        routing = route(self, x, seq, split)
         expert = torch.tensor([1, 2]).expand_as(routing.expert)
         return replace(routing, expert=expert, weight=routing.shares.gather(-1, expert))
 
@@ -91,6 +117,12 @@ def test_any_router_and_any_loss_equals_one_process(ranks, alone, case, layout):
     assert_same(together(ranks, layout, CASES[case]), alone(case))
 
 
+@pytest.mark.parametrize("layout", ["pp2-dp2-ep2", "dp2-etp2"])
+@pytest.mark.parametrize("case", ["clamped", "previous"])
+def test_losses_over_all_layers_and_biases_equal_those_of_one_process(ranks, alone, case, layout):
+    assert_same(together(ranks, layout, CASES[case] | STEPS["accumulated"]), alone(case))
+
+
 @pytest.mark.parametrize("layout", ["tp2-ep2", "dp2-tp2-ep2-etp2"])
 @pytest.mark.parametrize("kind", DISPATCHES)
 def test_any_dispatch_equals_one_process(ranks, alone, kind, layout):
@@ -110,10 +142,12 @@ def test_an_expert_without_tokens_has_a_gradient_of_zeros(ranks):
         assert [bool(each.any()) for each in got[f"0 grad blocks.0.ffn.experts.{name}"]] == [False, True, True, False]
 
 
-@pytest.mark.parametrize("layout", ["dp2-ep2", "cp2-tp2-ep2-etp2"])
+@pytest.mark.parametrize(
+    ("case", "layout"), [("limited", "dp2-ep2"), ("limited", "cp2-tp2-ep2-etp2"), ("clamped", "cp2-tp2-ep2-etp2")]
+)
 @pytest.mark.parametrize("step", STEPS)
-def test_how_a_step_with_experts_is_computed_does_not_change_it(ranks, alone, step, layout):
-    assert_same(together(ranks, layout, CASES["limited"] | STEPS[step]), alone("limited"))
+def test_how_a_step_with_experts_is_computed_does_not_change_it(ranks, alone, case, step, layout):
+    assert_same(together(ranks, layout, CASES[case] | STEPS[step]), alone(case))
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "dropout": {"residual": {"kind": "pre", "dropout": 0.3}, "model": {"stack": ["one x 4"], "dropout": 0.2}},
     "two-blocks": {"model": OPTIONS["two-blocks"]["model"] | {"stack": ["near x 2", "far x 2"]}},
+    "sinks": {"model": OPTIONS["sinks"]["model"] | {"stack": ["(near far) x 2"]}},
 }
 
 
@@ -91,6 +92,19 @@ def test_a_head_tied_to_an_embedding_of_another_stage_trains_as_one_weight(ranks
 @pytest.mark.parametrize(("layout", "schedule"), [("pp2-tp2", "1f1b"), ("pp2-dp2", "dualpipev")])
 def test_terms_of_the_objective_come_from_the_last_stage(ranks, alone, layout, schedule):
     assert_same(piped(ranks, layout, "learned-tied-softcap", schedule), alone("learned-tied-softcap"))
+
+
+@pytest.mark.parametrize(
+    ("layout", "schedule", "context"),
+    [
+        ("pp2", "zero_bubble", "auto"),
+        ("pp2-tp2", "zbv", "auto"),
+        ("pp2-cp2", "zbv", "auto"),
+        ("pp2-cp2", "1f1b", "ring"),
+    ],
+)
+def test_sinks_of_every_stage_hear_of_its_micro_batches(ranks, alone, layout, schedule, context):
+    assert_same(piped(ranks, layout, "sinks", schedule, context=context), alone("sinks"))
 
 
 @pytest.mark.parametrize(("layout", "schedule"), [("pp2", "zero_bubble"), ("pp2-tp2", "interleaved")])

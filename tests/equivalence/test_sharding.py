@@ -20,7 +20,7 @@ from shardforge.parallel.shelf import Lane
 from shardforge.recipe.schema import CheckpointConfig
 from tests.equivalence.cases import two_steps, whole
 from tests.tiny import LENGTH, SEQUENCES, assert_same, batch, part, tiny
-from tests.tiny_kinds import OPTIONS
+from tests.tiny_kinds import EVEN, OPTIONS
 
 LAYOUTS = ["dp2", "dp4", "rep2-dp2", "dp2-tp2"]
 MICRO = {"train": {"steps": 2, "sequences": SEQUENCES, "seq_len": LENGTH, "micro_batch": 1}}
@@ -28,7 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "dense": OPTIONS["dropout"],
     "bf16-states": {"optim": {"kind": "adamw", "states": "bf16"}},
     "tied": {"model": {"head": "tied", "stack": ["one x 4"]}},
-    "experts": {"ffn": {"kind": "moe", "experts": 4, "k": 2, "inner": 8, "balance": 0.1}},
+    "experts": {"ffn": {"kind": "moe", "experts": 4, "k": 2, "inner": 8, "balance": EVEN}},
 }
 ELSEWHERE: dict[str, tuple[str, dict[str, Any]]] = {
     "tied 1f1b": ("pp2-dp2", {"schedule": "1f1b"}),

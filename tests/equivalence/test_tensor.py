@@ -9,8 +9,9 @@ import pytest
 
 from shardforge.core.errors import ForgeError
 from shardforge.core.layout import Layout
+from tests.equivalence import traps
 from tests.equivalence.cases import compare, two_steps
-from tests.tiny import GLU, GQA, LENGTH, SEQUENCES, tiny
+from tests.tiny import GLU, GQA, LENGTH, RTOL, SEQUENCES, tiny
 
 LAYOUTS = ["tp2", "tp4", "dp2-tp2", "rep2-tp2"]
 MLA = {
@@ -21,6 +22,8 @@ MLA = {
     "qk_rope_head_dim": 2,
     "v_head_dim": 5,
 }
+YARN: dict[str, Any] = {"kind": "rope", "layout": "interleaved", "base": 10.0}
+YARN["scaling"] = {"kind": "yarn", "factor": 8.0, "original_length": 8, "mscale": 0.7, "mscale_all_dim": 1.0}
 EVERY_PART = {"bias": "all", "qk_norm": "rmsnorm", "qk_norm_over": "all"}
 CASES: dict[str, dict[str, Any]] = {
     "one-kv-head": {"mixer": GQA | {"kv_heads": 1}},
@@ -31,6 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "all-biases-mlp": {"mixer": GQA | {"bias": "all"}, "ffn": {"kind": "mlp", "inner": 24, "bias": True}},
     "latent": {"mixer": MLA},
     "latent-queries": {"mixer": MLA | {"q_lora_rank": 7, "norm": "layernorm"}},
+    "latent-absorbed": {"mixer": MLA | {"evaluation": "absorbed", "qk_rope_head_dim": 4, "position": YARN}},
     "shared-expert": {"ffn": {"kind": "moe", "experts": 4, "k": 2, "inner": 8, "shared": GLU | {"bias": True}}},
     "tied-softcap": {
         "model": {"head": {"kind": "softcap", "head": "tied"}, "embedding": {"kind": "learned", "length": 16}}
@@ -56,6 +60,16 @@ def alone(ranks):
 @pytest.mark.parametrize("case", CASES)
 def test_any_layout_equals_one_process(ranks, alone, case, layout):
     compare(ranks, alone(case), layout, CASES[case])
+
+
+def test_without_the_other_ranks_heads_the_shared_key_has_the_right_loss_and_wrong_gradients(ranks, alone):
+    """k_r passes no weight that is split, so each rank's gradient of it is of its own heads alone."""
+    got, expected = ranks(2).run(traps.bare_reader, Layout(tp=2), CASES["latent"])[0], alone("latent")
+    assert abs(got["0 loss"] - expected["0 loss"]) < RTOL
+    name, shared = "0 grad blocks.0.mixer.kv_down.weight", slice(MLA["kv_lora_rank"], None)
+    assert (got[name] - expected[name])[shared].norm() > 0.1 * expected[name][shared].norm()
+    name = "0 grad blocks.0.mixer.kv_norm.weight"
+    assert (got[name] - expected[name]).norm() > 0.1 * expected[name].norm()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -19,7 +19,9 @@ from shardforge.verify.verdict import Verdict, explanation
 from tests.equivalence.tampers import ByShard
 from tests.tiny import GLU, GQA, RTOL, tiny
 
-MOE = {"kind": "moe", "experts": 4, "k": 2, "inner": 8, "balance": 0.01}
+MOE = {"kind": "moe", "experts": 4, "k": 2, "inner": 8, "balance": [{"scope": "sequence", "weight": 0.01}]}
+EXPERTS = {"ffn": MOE}
+MOVED = MOE | {"router": {"kind": "topk", "selection_bias": {"rate": 0.01}}}
 MICRO = {"train": {"steps": 2, "sequences": 8, "seq_len": 16, "micro_batch": 2}}
 OVERLAPPED = {"engine": {"kind": "native", "overlap": True}}
 TIED = {"model": {"head": "tied"}}
@@ -63,6 +65,10 @@ SEEDED = (
     Seeded("experts_twice", "dp2-ep2", "multiple", "experts are counted twice", "blocks.0.ffn.experts", {"ffn": MOE}),
     Seeded("routers_of_own_experts", "dp2-ep2", "backward", LAST, FIRST, {"ffn": MOE}),
     Seeded("bare_reader", "tp2-ep2", "partial", "is a partial sum", "blocks.0", {"ffn": MOE}),  # Megatron-LM#619
+    Seeded("loads_over_data", "tp2", "remembered", "what is remembered of a step depends", "", {"ffn": MOVED}),
+    Seeded(
+        "loads_twice", "tp2", "loads", "the tokens of the experts of layer 0 are counted twice over tp", "", EXPERTS
+    ),
     # 5: Megatron-LM#7117; DeepSpeed#8437: an update that depends on the layout
     Seeded("update_by_shard", "dp2", "optimizer", "the optimizer depends on the layout", FIRST),
     # 6: Megatron-Bridge#3826: data-parallel variants that do not train
@@ -79,7 +85,7 @@ SEEDED = (
 )
 
 
-SOUND = {"tp2": {}, "cp2": {}, "pp2": TIED | MICRO, "dp2-ep2": {"ffn": MOE}, "dp2-tp2-ep2-etp2": {"ffn": MOE}}
+SOUND = {"tp2": {}, "cp2": {}, "pp2": TIED | MICRO, "dp2-ep2": {"ffn": MOVED}, "dp2-tp2-ep2-etp2": {"ffn": MOVED}}
 
 
 def judged(layout: str, tamper: str = "", *, timeout_s: float = 120.0, **changes: Any) -> Verdict:
