@@ -71,18 +71,18 @@ def llama_names(norms: dict[str, str], tied: bool = False) -> Callable[[str], st
 
 
 def model(mixers: list[dict], ffn: dict, residual: dict, **rest: Any) -> dict[str, Any]:
-    """A model section whose layers differ in their mixers only."""
+    """A model section whose layers differ in their mixers only; they are blocks b0, b1, ..."""
     blocks = {f"b{i}": {"mixer": m, "ffn": ffn, "residual": residual} for i, m in enumerate(mixers)}
     base = {"vocab": V, "hidden": H, "blocks": blocks, "stack": list(blocks), "norm": NORM, "core": "eager"}
     return base | rest
 
 
-def llama() -> Published:
+def llama(rope: dict[str, Any] | None = None) -> Published:
     from transformers import LlamaConfig
 
     return Published(
-        lambda: LlamaConfig(**SHARED, head_dim=D),
-        model([ATTENTION] * L, GLU, {"kind": "pre", "norm": NORM}),
+        lambda: LlamaConfig(**SHARED, head_dim=D, rope_parameters=rope or PLAIN),
+        model([ATTENTION | {"position": position(rope)}] * L, GLU, {"kind": "pre", "norm": NORM}),
         llama_names(PRE),
     )
 
@@ -220,37 +220,46 @@ LATENT_ROLES = {
 }
 
 
-def deepseek_split(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """They turn the channel pairs (2i, 2i + 1), we (i, i + width/2); the same for gradients."""
-    width = LATENT["qk_rope_head_dim"]
-
-    def reordered(value: Tensor, heads: int) -> Tensor:
-        plain, turning = value.unflatten(0, (heads, -1)).tensor_split([-width], 1)
-        return torch.cat([plain, turning[:, 0::2], turning[:, 1::2]], 1).flatten(0, 1)
-
-    heads = {"q_proj": N, "q_b_proj": N, "kv_a_proj_with_mqa": 1}
-    return {
-        name: reordered(value, heads[name.split(".")[-2]]) if name.split(".")[-2] in heads else value
-        for name, value in state.items()
-    }
-
-
-def deepseek(config: str, queries: dict[str, Any]) -> Callable[[], Published]:
-    """Dense layers with latent attention; their norms on latents have an eps of their own."""
+def deepseek(config: str, rope: dict[str, Any] | None = None, **other: Any) -> Callable[[], Published]:
+    """Layers with latent attention, dense ones unless `other` says so; their norms on latents have an eps of their own.
+    `rope` is the scaling in their words; `other` are fields of theirs, of which those on widths are ours too."""
 
     def published() -> Published:
         import transformers
 
-        shared = SHARED | LATENT | queries | {"num_key_value_heads": N, "first_k_dense_replace": L}
-        attention = {"kind": "mla", "heads": N, "norm": {"kind": "rmsnorm", "eps": 1e-6}} | LATENT | queries
+        widths = LATENT | {name: value for name, value in other.items() if name in LATENT}
+        shared = SHARED | LATENT | {"num_key_value_heads": N, "first_k_dense_replace": L} | other
+        layout = "interleaved" if other.get("rope_interleave", True) else "half"
+        attention = {"kind": "mla", "heads": N, "norm": {"kind": "rmsnorm", "eps": 1e-6}} | widths
+        attention["position"] = position(rope) | {"layout": layout}
         return Published(
-            lambda: getattr(transformers, config)(**shared),
+            lambda: getattr(transformers, config)(**shared, rope_parameters=rope or PLAIN),
             model([attention] * L, GLU, {"kind": "pre", "norm": NORM}),
             llama_names(PRE | LATENT_ROLES),
-            split=deepseek_split,
         )
 
     return published
+
+
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 50.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 4.0,
+}
+LLAMA31 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "original_max_position_embeddings": 32}
+LLAMA31 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+WIDER = {"qk_rope_head_dim": 8}  # pairs before, on and behind the ramp of YARN
+
+
+def position(rope: dict[str, Any] | None) -> dict[str, Any]:
+    """Our words for their `rope_parameters`."""
+    rope = dict(rope or PLAIN)
+    kind, base = rope.pop("rope_type"), rope.pop("rope_theta")
+    scaling = {key.replace("max_position_embeddings", "length"): value for key, value in rope.items()}
+    return {"kind": "rope", "base": base, "scaling": None if kind == "default" else {"kind": kind} | scaling}
 
 
 PUBLISHED = {
@@ -259,14 +268,21 @@ PUBLISHED = {
     "olmo2": olmo2,
     "gemma3": gemma3,
     "gpt2": gpt2,
-    "deepseek-v2-lite": deepseek("DeepseekV2Config", {"q_lora_rank": None}),
-    "deepseek-v3": deepseek("DeepseekV3Config", {}),
+    "llama-3.1": lambda: llama(LLAMA31),
+    "llama-yarn": lambda: llama(YARN | {"truncate": False}),
+    "deepseek-v2-lite": deepseek("DeepseekV2Config", q_lora_rank=None),
+    "deepseek-v2-yarn": deepseek("DeepseekV2Config", YARN | {"mscale": 0.707, "mscale_all_dim": 1.0}, **WIDER),
+    "deepseek-v3": deepseek("DeepseekV3Config"),
+    "deepseek-v3-yarn": deepseek("DeepseekV3Config", YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}, **WIDER),
+    "deepseek-v3-half": deepseek("DeepseekV3Config", rope_interleave=False),
 }
 
 
 def random_weights(theirs: torch.nn.Module) -> None:
-    """Move every weight away from its start, norms too, so that no role can be taken for another."""
+    """Move every weight away from its start, norms too, so that no role can be taken for another; and the biases on
+    the choice of experts, which are no weights."""
     generator = torch.Generator().manual_seed(5)
+    biases = [value for name, value in theirs.named_buffers() if name.endswith("e_score_correction_bias")]
     with torch.no_grad():
-        for weight in theirs.parameters():
+        for weight in (*theirs.parameters(), *biases):
             weight.add_(torch.randn(weight.shape, generator=generator) * 0.2)

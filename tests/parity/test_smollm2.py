@@ -1,0 +1,66 @@
+"""Real weights: SmolLM2-135M-Instruct from the package that ships it computes what transformers computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from shardforge.core.optional import installed
+from shardforge.families.open import open_source
+from shardforge.model.build import build
+from shardforge.nn.sequence import Sequence
+from shardforge.recipe.load import load
+from shardforge.recipe.provenance import differences
+from tests.tiny import tiny
+from tools import smollm2
+
+pytestmark = pytest.mark.slow
+TOLERANCE = 2e-6  # float32, relative to the norm of the expected tensor
+PUBLISHED = 134_515_008  # weights, tied embedding counted once
+TEXT = "The capital of France is Paris, and 2048 is a power of two.\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    for package in (smollm2.PACKAGE, "gguf", "transformers"):
+        if not installed(package):
+            pytest.skip(f"{package} is not installed")
+    path = tmp_path_factory.mktemp("smollm2")
+    smollm2.convert(path)
+    return path
+
+
+def test_the_logits_are_those_of_transformers(folder):
+    from tokenizers import Tokenizer
+    from transformers import AutoModelForCausalLM
+
+    tokens = torch.tensor([Tokenizer.from_file(str(folder / "tokenizer.json")).encode(TEXT).ids])
+    source = open_source(folder)
+    recipe = tiny(model=source.model)
+    ours = build(recipe.model, recipe.objective.build()).to_empty(device="cpu")
+    ours.load_state_dict({name: source.read(name) for name in source.names})
+    places = torch.arange(tokens.shape[1])[None]
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(folder).eval()(tokens).logits
+        got = ours.eval()(tokens, Sequence(places, torch.zeros_like(places), torch.arange(1)))
+    assert ((got - expected).norm() / expected.norm()).item() < TOLERANCE
+
+
+def test_it_has_the_published_number_of_weights(folder):
+    names = open_source(folder).names.values()
+    assert sum(torch.Size(info.shape).numel() for info in names) == PUBLISHED
+
+
+def test_the_shipped_recipe_is_this_model(folder):
+    told = differences(open_source(folder).model, load("smollm2-135m").recipe.model)
+    assert [each for each in told if each[0] != "stack"] == []
+
+
+def test_digits_stand_alone_and_text_comes_back(folder):
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert tokenizer.encode("2048").tokens == ["2", "0", "4", "8"]
+    assert tokenizer.decode(tokenizer.encode(TEXT).ids) == TEXT
