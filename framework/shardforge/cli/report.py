@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-HELP = "write a report of one or several runs that opens without a network, and a picture of the loss"
+HELP = "write a report of one or several runs that opens without a network, and pictures of the loss and of experts"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from shardforge.observe.report import write
 
-    report, picture = write(args.runs, args.output)
-    print(f"report   {report}\npicture  {picture}")
+    report, *pictures = write(args.runs, args.output)
+    print(f"report   {report}")
+    for picture in pictures:
+        print(f"picture  {picture}")
     return 0

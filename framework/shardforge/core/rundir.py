@@ -64,6 +64,11 @@ class RunDir:
         return self.path / "loss.png"
 
     @property
+    def experts_plot(self) -> Path:
+        """Only of a mixture."""
+        return self.path / "experts.png"
+
+    @property
     def samples(self) -> Path:
         """Text written by the trained model; the report shows it."""
         return self.path / "samples.txt"

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from shardforge.observe.experts import ExpertUse
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
@@ -16,6 +18,7 @@ class StepReport:
     steps: int  # steps of the whole run
     loss: float  # nats per scored token, over the whole batch
     terms: Mapping[str, float] = field(default_factory=dict)  # parts of the objective beside the loss (z_loss)
+    experts: Mapping[int, ExpertUse] = field(default_factory=dict)  # by layer, of those that have experts
     grad_norm: float = 0.0  # before clipping
     lr: float = 0.0
     tokens: int = 0  # scored and unscored tokens of this step, over all ranks
@@ -35,6 +38,7 @@ class EvalReport:
     step: int
     loss: float  # nats per scored token
     tokens: int  # scored tokens
+    similarity: Mapping[int, float] = field(default_factory=dict)  # by layer: mean cosine between two experts' weights
 
 
 @dataclass(frozen=True, kw_only=True)

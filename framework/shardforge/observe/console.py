@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from shardforge.core import units
+from shardforge.observe import health
 from shardforge.observe.base import EvalReport, RunInfo, StepReport
 from shardforge.observe.throughput import Rates, Throughput
 
@@ -43,6 +44,8 @@ class Console:
         self._lines += 1
         self._printed = self._life
         self._say(line(report, rates))
+        if trouble := health.warning(report.experts):
+            self._say(trouble)
 
     def on_eval(self, report: EvalReport) -> None:
         self._say(f"held-out loss {report.loss:.4f} after step {report.step} ({units.count(report.tokens)} tokens)")

@@ -12,8 +12,9 @@ from typing import Any
 
 from shardforge.core.errors import DataError
 from shardforge.observe.base import EvalReport, StepReport
+from shardforge.observe.expert_history import ExpertHistory, gathered, packed
 
-COLUMNS = tuple(item.name for item in fields(StepReport) if item.name != "terms")
+COLUMNS = tuple(item.name for item in fields(StepReport) if item.name not in ("terms", "experts"))
 """Numbers kept per step, named as in StepReport."""
 
 
@@ -49,6 +50,7 @@ class History:
     starts: list[Start]
     columns: dict[str, list[float]]  # name in StepReport -> values; nan where not finite or not told
     terms: dict[str, list[float]] = field(default_factory=dict)  # part of the objective -> values; nan where absent
+    experts: ExpertHistory | None = None  # of a mixture
     evals: list[EvalReport] = field(default_factory=list)
     checkpoints: list[int] = field(default_factory=list)
     verdict: str = "unfinished"  # "finished", "stopped", "failed"; "unfinished": running, or killed
@@ -114,9 +116,9 @@ def collect(path: Path, events: Iterable[Mapping[str, Any]]) -> History:
             checkpoints = {step for step in checkpoints if step <= kept}
             verdict = "unfinished"
         elif kind == "step":
-            steps[event["step"]] = event
+            steps[event["step"]] = {**event, "experts": packed(event["experts"])} if "experts" in event else event
         elif kind == "eval":
-            evals[event["step"]] = EvalReport(step=event["step"], loss=number(event["loss"]), tokens=event["tokens"])
+            evals[event["step"]] = held_out(event)
         elif kind == "checkpoint":
             checkpoints.add(event["step"])
         elif kind == "end":
@@ -131,11 +133,18 @@ def collect(path: Path, events: Iterable[Mapping[str, Any]]) -> History:
         starts=starts,
         columns={name: [number(row.get(name)) for row in rows] for name in COLUMNS},
         terms={name: [number(row["terms"].get(name)) for row in rows] for name in names},
+        experts=gathered(rows),
         evals=[evals[step] for step in sorted(evals)],
         checkpoints=sorted(checkpoints),
         verdict=verdict,
         wall_seconds=wall + latest - begun,
     )
+
+
+def held_out(event: Mapping[str, Any]) -> EvalReport:
+    """The report that an event "eval" tells of; a key of JSON is a string."""
+    alike = {int(layer): number(value) for layer, value in event.get("similarity", {}).items()}
+    return EvalReport(step=event["step"], loss=number(event["loss"]), tokens=event["tokens"], similarity=alike)
 
 
 def number(value: float | None) -> float:

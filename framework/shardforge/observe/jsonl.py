@@ -1,7 +1,7 @@
 """metrics.jsonl: every event of a run, one JSON object a line, appended and flushed at once.
 
     {"event": "start", "time": ..., "name": ..., "layout": ..., "first_step": 0, ...}
-    {"event": "step", "time": ..., "step": 1, "loss": ..., ...}       every field of StepReport
+    {"event": "step", "time": ..., "step": 1, "loss": ..., ...}       every field of StepReport; experts as in `health`
     {"event": "eval" | "checkpoint" | "end", "time": ..., ...}
 
 Numbers that are not finite are null. A kill can tear the last line; whatever follows the last newline was never said.
@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from shardforge.core.errors import DataError, EngineError
+from shardforge.observe import health
 from shardforge.observe.base import EvalReport, Observer, RunInfo, StepReport
-from shardforge.observe.history import History, collect, number
+from shardforge.observe.history import History, collect, held_out, number
 
-STEP_FIELDS = tuple(item.name for item in fields(StepReport))
+STEP_FIELDS = tuple(item.name for item in fields(StepReport) if item.name != "experts")
 INFO_FIELDS = tuple(item.name for item in fields(RunInfo) if item.name not in ("path", "recipe"))
 
 
@@ -32,18 +33,29 @@ class MetricsFile:
     def __init__(self, path: Path, clock: Callable[[], float] = time.time):
         self.path, self._clock = path, clock
         self._file: int | None = None
+        self._begun = False
 
     def on_start(self, info: RunInfo) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         os.ftruncate(self._file, _whole(self._file))
+        self._begun = False
         self._say("start", {name: getattr(info, name) for name in INFO_FIELDS})
 
     def on_step(self, report: StepReport) -> None:
-        self._say("step", {name: getattr(report, name) for name in STEP_FIELDS})
+        values = {name: getattr(report, name) for name in STEP_FIELDS}
+        if report.experts:
+            edge = not self._begun or report.step == report.steps
+            loads = edge or report.step % health.stride(report.experts) == 0
+            values["experts"] = health.record(report.experts, loads=loads)
+        self._begun = True
+        self._say("step", values)
 
     def on_eval(self, report: EvalReport) -> None:
-        self._say("eval", {"step": report.step, "loss": report.loss, "tokens": report.tokens})
+        values: dict[str, Any] = {"step": report.step, "loss": report.loss, "tokens": report.tokens}
+        if report.similarity:
+            values["similarity"] = report.similarity
+        self._say("eval", values)
 
     def on_checkpoint(self, step: int, path: Path) -> None:
         self._say("checkpoint", {"step": step, "path": os.path.relpath(path, self.path.parent)})
@@ -107,9 +119,10 @@ def replay(event: Mapping[str, Any], observer: Observer, run: Path) -> None:
     elif kind == "step":
         values = {name: number(event[name]) for name in STEP_FIELDS if name != "terms" and name in event}
         terms = {name: number(value) for name, value in event["terms"].items()}
-        observer.on_step(StepReport(**values, terms=terms))  # type: ignore[arg-type]
+        experts = health.recall(event["experts"]) if "experts" in event else {}
+        observer.on_step(StepReport(**values, terms=terms, experts=experts))  # type: ignore[arg-type]
     elif kind == "eval":
-        observer.on_eval(EvalReport(step=event["step"], loss=number(event["loss"]), tokens=event["tokens"]))
+        observer.on_eval(held_out(event))
     elif kind == "checkpoint":
         observer.on_checkpoint(event["step"], run / event["path"])
     elif kind == "end":

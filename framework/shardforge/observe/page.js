@@ -66,6 +66,12 @@ const CHARTS = [
   { key: "flops_per_s", title: "Model FLOP/s", unit: "all ranks", print: count, zero: true },
   { key: "memory", title: "Memory", unit: "first rank", print: bytes, zero: true },
   { key: "data_share", title: "Data wait", unit: "share of the step", print: percent, zero: true },
+  { key: "max_vio", title: "MaxVio", unit: "fullest expert over the even load, less 1; worst layer", print: plain, zero: true },
+  { key: "dead", title: "Dead experts", unit: "without a token in the step, all layers", print: plain, zero: true },
+  { key: "entropy_share", title: "Router entropy", unit: "of the largest; mean of layers", print: percent },
+  { key: "drop_rate", title: "Dropped", unit: "share of the choices; mean of layers", print: percent, zero: true },
+  { key: "bias_high", title: "Largest selection bias", unit: "of all layers", print: small },
+  { key: "bias_low", title: "Least selection bias", unit: "of all layers", print: small },
   ...terms.map((key) => ({ key, title: key.slice(6), unit: "part of the objective", print: small })),
 ].filter((chart) => known(chart.key) && !(chart.key === "flops_per_s" && known("share")));
 

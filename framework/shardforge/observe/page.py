@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
+from shardforge.observe import expert_page
 from shardforge.observe.history import History
 from shardforge.observe.plots import smooth
 
@@ -36,6 +37,8 @@ def html(
     head, tail = folder.joinpath("page.html").read_text(encoding="utf-8").split("@DATA@")
     parts = {"TITLE": escapes.escape(title)}
     parts |= {name: folder.joinpath(f"page.{name.lower()}").read_text(encoding="utf-8") for name in ("CSS", "JS")}
+    if any(history.experts for history in histories):
+        parts["JS"] += folder.joinpath("experts.js").read_text(encoding="utf-8")
     return _filled(head, parts) + _script(data) + _filled(tail, parts)
 
 
@@ -55,7 +58,8 @@ def _run(history: History, provenance: Any, samples: str) -> dict[str, Any]:
     series, kept = _series(history), _kept(history.columns["loss"])
     stretch = len(history.steps) // len(kept) if kept else 1
     tokens = history.columns["tokens_seen"]
-    return {
+    experts = {} if history.experts is None else {"experts": expert_page.section(history, history.experts)}
+    return experts | {
         "name": history.name,
         "path": str(history.path.parent),
         "weights": start.weights,
@@ -108,6 +112,7 @@ def _series(history: History) -> dict[str, list[float]]:
         "share": _each(flops, column["peak_flops"]),
         "data_share": _each(column["data_seconds"], seconds),
         "memory": column["memory_bytes"],
+        **({} if history.experts is None else expert_page.series(history.experts)),
         **{f"term: {name}": values for name, values in history.terms.items()},
     }
 

@@ -71,7 +71,7 @@ def _decaying(values: Sequence[float], span: int) -> list[tuple[float, float]]:
 def _draw(loss: Axes, rate: Axes, history: History, color: str) -> None:
     tokens, values = history.columns["tokens_seen"], history.columns["loss"]
     loss.plot(tokens, values, color=color, alpha=0.22, linewidth=1)
-    loss.plot(tokens, smooth(values, max(1, len(values) // 80)), color=color, linewidth=2, label=_plain(history.name))
+    loss.plot(tokens, smooth(values, max(1, len(values) // 80)), color=color, linewidth=2, label=plain(history.name))
     if history.evals:
         where = [history.at(report.step, tokens) for report in history.evals]
         dots: dict[str, Any] = {
@@ -83,7 +83,7 @@ def _draw(loss: Axes, rate: Axes, history: History, color: str) -> None:
         }
         dashes: dict[str, Any] = {"linestyle": "--", "linewidth": 1.4}  # so many dots would hide the loss
         style = dots if len(where) <= 60 else dashes
-        label = f"{_plain(history.name)}, held out"
+        label = f"{plain(history.name)}, held out"
         loss.plot(where, [report.loss for report in history.evals], color=color, label=label, zorder=3, **style)
     named = len(history.resumes) < 6
     for step in history.resumes:
@@ -107,7 +107,7 @@ def _dress(loss: Axes, rate: Axes, histories: Sequence[History]) -> None:
     from matplotlib.ticker import EngFormatter
 
     title = histories[0].name if len(histories) == 1 else f"{len(histories)} runs"
-    loss.set_title(_plain(title), loc="left", fontsize=13, fontweight="bold", color=INK)
+    loss.set_title(plain(title), loc="left", fontsize=13, fontweight="bold", color=INK)
     loss.set_ylabel("loss, nats per token", color=INK)
     rate.set_ylabel("learning rate", color=INK)
     rate.set_xlabel("tokens", color=INK)
@@ -116,15 +116,20 @@ def _dress(loss: Axes, rate: Axes, histories: Sequence[History]) -> None:
     rate.set_ylim(bottom=0)
     loss.legend(frameon=False, fontsize=9, loc="upper right", labelcolor=INK)
     for axes in (loss, rate):
-        axes.margins(x=0.01)
-        axes.grid(color=GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.tick_params(colors=FAINT, labelsize=9, length=0)
-        for side, spine in axes.spines.items():
-            spine.set_visible(side in ("left", "bottom"))
-            spine.set_color(GRID)
+        dress(axes)
 
 
-def _plain(name: str) -> str:
+def dress(axes: Axes) -> None:
+    """The look of every chart."""
+    axes.margins(x=0.01)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=FAINT, labelsize=9, length=0)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(GRID)
+
+
+def plain(name: str) -> str:
     """matplotlib reads $...$ as mathematics and leaves names with a leading underscore out of legends."""
     return "\u200b" * name.startswith("_") + name.replace("$", r"\$")

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from rich.console import Console as Terminal
@@ -20,8 +20,10 @@ from rich.table import Table
 from rich.text import Text
 
 from shardforge.core import units
+from shardforge.observe import expert_rows
 from shardforge.observe.base import EvalReport, Observer, RunInfo, StepReport
 from shardforge.observe.console import Console
+from shardforge.observe.experts import ExpertUse
 from shardforge.observe.throughput import Rates, Throughput
 
 SPARK_WIDTH = 48
@@ -55,6 +57,7 @@ class Progress:
         self._report: StepReport | None = None
         self._rates: Rates | None = None
         self._eval: EvalReport | None = None
+        self._loaded: Mapping[int, ExpertUse] = {}
         self._saved: int | None = None
         self._verdict = ""
         self._losses = Trace(SPARK_WIDTH)
@@ -71,6 +74,8 @@ class Progress:
         self._rates = self._throughput.add(report)
         self._report, self._news = report, self._clock()
         self._losses.add(report.loss)
+        if any(use.relative for use in report.experts.values()):  # a step of a record may be without loads
+            self._loaded = report.experts
 
     def on_eval(self, report: EvalReport) -> None:
         self._eval, self._news = report, self._clock()
@@ -141,6 +146,17 @@ class Progress:
         rows.add_row("compute", Text(compute))
         rows.add_row("time", Text(wait, style="yellow" if rates.data_share > 0.05 else ""))
         rows.add_row("memory", Text(units.bytes_(report.memory_bytes)))
+        if report.experts:
+            self._fill_experts(rows, report)
+
+    def _fill_experts(self, rows: Table, report: StepReport) -> None:
+        rows.add_row("experts", expert_rows.words(report.experts))
+        further = expert_rows.further(report.experts, {} if self._eval is None else self._eval.similarity)
+        if further:
+            rows.add_row("", further)
+        colored = self._terminal.color_system is not None and "utf" in self._terminal.encoding.lower()
+        if self._loaded and colored:
+            rows.add_row("load", expert_rows.picture([use.relative for use in self._loaded.values()]))
 
     def _bar(self, step: int, steps: int, rates: Rates | None) -> Table:
         left = f"{units.seconds(rates.eta_s)} left" if rates is not None and not self._verdict else ""

@@ -1,4 +1,4 @@
-"""Writes report.html and loss.png for run directories."""
+"""Writes report.html, loss.png and, of mixtures, experts.png for run directories."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import yaml
 
 from shardforge.core.errors import DataError, ForgeError, Problems
 from shardforge.core.rundir import RunDir
-from shardforge.observe import page, plots
+from shardforge.observe import expert_plots, page, plots
 from shardforge.observe.history import History
 from shardforge.observe.jsonl import read
 
 
-def write(paths: Sequence[Path], output: Path | None = None) -> tuple[Path, Path]:
-    """The report and the picture of the runs, side by side; where they were written.
+def write(paths: Sequence[Path], output: Path | None = None) -> tuple[Path, ...]:
+    """The report, the picture of the loss and, where a run has experts, that of their use; where they were written.
 
-    They stand in the first run directory, or at `output` (an .html file) with the picture beside it under its name.
+    They stand in the first run directory, or at `output` (an .html file) with the pictures beside it under its name.
     Every directory that is no run is a DataError, all reported together.
     """
     runs = [RunDir(path) for path in paths]
@@ -35,7 +35,12 @@ def write(paths: Sequence[Path], output: Path | None = None) -> tuple[Path, Path
     report.parent.mkdir(parents=True, exist_ok=True)
     report.write_text(text, encoding="utf-8")
     plots.loss_png(picture, histories)
-    return report, picture
+    mixtures = [history for history in histories if history.experts]
+    if not mixtures:
+        return report, picture
+    of_experts = output.with_name(f"{output.stem}-experts.png") if output else runs[0].experts_plot
+    expert_plots.experts_png(of_experts, mixtures)
+    return report, picture, of_experts
 
 
 def check(run: RunDir) -> None:

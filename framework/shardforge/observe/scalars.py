@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from shardforge.observe.base import EvalReport, StepReport
+from shardforge.observe.experts import ExpertUse
+from shardforge.observe.health import Health
 from shardforge.observe.throughput import Throughput
 
 
@@ -22,8 +26,24 @@ def of_step(report: StepReport) -> dict[str, float]:
         "speed/model_flops_per_s": rates.flops_per_s,
         "memory/bytes": report.memory_bytes,
     }
+    out |= of_experts(report.experts) if report.experts else {}
     return out if rates.share is None else out | {"speed/peak_share": rates.share}
 
 
+def of_experts(experts: Mapping[int, ExpertUse]) -> dict[str, float]:
+    """Of at least one layer: what `Health` sums up, and the violation of each layer."""
+    health = Health.of(experts)
+    out = {
+        "health/max_vio": health.max_vio,
+        "health/dead_experts": health.dead,
+        "health/entropy_share": health.entropy_share,
+        "health/drop_rate": health.drop_rate,
+    }
+    if health.bias is not None:
+        out |= {"health/bias_low": health.bias[0], "health/bias_high": health.bias[1]}
+    return out | {f"health_max_vio/layer_{layer}": use.max_vio for layer, use in experts.items()}
+
+
 def of_eval(report: EvalReport) -> dict[str, float]:
-    return {"held_out/loss": report.loss}
+    alike = {f"health_similarity/layer_{layer}": value for layer, value in report.similarity.items()}
+    return {"held_out/loss": report.loss} | alike

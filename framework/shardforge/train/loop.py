@@ -61,12 +61,13 @@ def evaluates(run: Run, step: int) -> bool:
 
 
 def evaluate(run: Run, step: int) -> EvalReport:
-    """Held-out loss over the same sequences at every step and on every layout."""
+    """Held-out loss over the same sequences at every step and on every layout, and how alike experts are."""
     total, scored = 0.0, 0
     for batch in run.data.held_out_batches(run.recipe.train.eval_sequences):
         losses = run.engine.evaluate(batch)
         total, scored = total + losses.loss * losses.scored, scored + losses.scored
-    found = EvalReport(step=step, loss=total / max(1, scored), tokens=scored)
+    alike = run.engine.similarity()
+    found = EvalReport(step=step, loss=total / max(1, scored), tokens=scored, similarity=alike)
     run.audience.on_eval(found)
     return found
 
@@ -80,6 +81,7 @@ def report(
         steps=run.recipe.train.steps,
         loss=losses.loss,
         terms=losses.terms,
+        experts=losses.experts,
         grad_norm=update.grad_norm,
         lr=run.recipe.schedule.at(step - 1, run.recipe.train.steps),
         tokens=sequences * run.recipe.train.seq_len,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from shardforge.observe.base import EvalReport, RunInfo, StepReport
+from shardforge.observe.experts import ExpertTally
 from shardforge.observe.jsonl import MetricsFile
 
 Write = Callable[..., Path]
@@ -21,6 +22,31 @@ def report(step: int, **changes: float) -> StepReport:
         memory_bytes=2**30,
     )  # fmt: skip
     return replace(one, **changes)
+
+
+def use(*loads: float, dropped: float = 0.0, bias: tuple[float, float] | None = None) -> ExpertTally:
+    """A layer whose 100 tokens have half a nat each."""
+    return ExpertTally(tuple(map(float, loads)), 100.0, 50.0, dropped, bias)
+
+
+EVEN, SKEWED, LOST = use(25, 25, 25, 25), use(80, 10, 5, 5), use(190, 10, 0, 0)
+
+
+@pytest.fixture
+def write_mixture(make_info: Callable[..., RunInfo]) -> Callable[..., Path]:
+    """The metrics of one life of a run with two layers of experts, the second of which loses two at `lost_at`."""
+
+    def write(folder: Path, steps: Iterable[int], lost_at: int = 1000, **info: object) -> Path:
+        file = MetricsFile(folder / "metrics.jsonl", clock=lambda: 1.0)
+        file.on_start(make_info(path=folder, **info))
+        for step in steps:
+            second = LOST if step >= lost_at else SKEWED
+            file.on_step(replace(report(step), experts={1: EVEN, 3: second}))
+            file.on_eval(EvalReport(step=step, loss=2.0, tokens=64, similarity={1: 0.125, 3: step / 10}))
+        file.on_end("finished")
+        return folder / "metrics.jsonl"
+
+    return write
 
 
 @pytest.fixture

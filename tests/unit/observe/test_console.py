@@ -5,6 +5,7 @@ from pathlib import Path
 
 from shardforge.observe.base import EvalReport
 from shardforge.observe.console import HEADER, Console, introduction
+from shardforge.observe.experts import ExpertTally
 
 
 def printed(reports, info) -> list[str]:
@@ -74,3 +75,12 @@ def test_a_reader_that_has_seen_enough_does_not_end_the_run():
 
 def test_a_finished_run_that_is_started_again_says_so(make_info):
     assert "all 300 steps done" in introduction(make_info(steps=300, first_step=300))
+
+
+def test_a_collapsing_layer_has_a_line_below_that_of_its_step(make_info, make_report):
+    well, lost = (ExpertTally(load, 4.0, 1.0, 0.0) for load in ((2.0, 2.0), (4.0, 0.0)))
+    assert printed([make_report(4, experts={1: well})], make_info())[-1].startswith("          4/10")
+    line = printed([make_report(4, experts={1: well, 2: lost})], make_info())[-1]
+    assert line == (
+        "experts collapsing in 1 of 2 layers: MaxVio 1.00 in layer 2; 1 of 4 without a token, most in layer 2: 1 of 2"
+    )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from shardforge.core.errors import DataError, EngineError
+from shardforge.observe import health
 from shardforge.observe.base import EvalReport
 from shardforge.observe.jsonl import MetricsFile, Tail, read, replay
 
@@ -154,3 +155,22 @@ def test_missing_metrics_name_the_folder(tmp_path: Path):
     with pytest.raises(DataError) as caught:
         read(tmp_path / "metrics.jsonl")
     assert caught.value.where == str(tmp_path)
+
+
+def test_loads_of_large_mixtures_are_told_in_some_steps_only(
+    tmp_path: Path, write_mixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(health, "LOADS", 2)  # of 8: every fourth step
+    lines = [json.loads(line) for line in write_mixture(tmp_path, range(2, 11)).read_text().splitlines()]
+    steps = [line for line in lines if line["event"] == "step"]
+    assert [line["step"] for line in steps if "relative" in line["experts"]] == [2, 4, 8, 10]
+    assert all(line["experts"]["dead"] == [0, 0] for line in steps)
+
+
+def test_replayed_experts_equal_the_recorded_ones(tmp_path: Path, write_mixture):
+    again = Recorder()
+    for event in Tail(write_mixture(tmp_path, [1], lost_at=1)).new():
+        replay(event, again, tmp_path)
+    step, held_out = again.told[1:3]
+    assert {layer: use.relative for layer, use in step.experts.items()} == {1: (1, 1, 1, 1), 3: (3.8, 0.2, 0, 0)}
+    assert held_out.similarity == {1: 0.125, 3: 0.1}

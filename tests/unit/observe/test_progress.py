@@ -14,6 +14,8 @@ from rich.console import Console as Terminal
 from shardforge.observe import progress
 from shardforge.observe.base import EvalReport
 from shardforge.observe.console import Console
+from shardforge.observe.experts import ExpertTally
+from shardforge.observe.health import recall, record
 from shardforge.observe.progress import Progress, Trace, display
 
 HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
@@ -176,3 +178,44 @@ def test_a_trace_falls_back_to_plain_characters():
     for value in (1.0, 2.0):
         trace.add(value)
     assert trace.draw("latin-1").isascii()
+
+
+LOST = {2: ExpertTally((6.0, 6.0, 0.0), 8.0, 4.0, 0.0, (-0.25, 0.5))}
+
+
+def test_a_mixture_shows_its_health(live, make_info, make_report):
+    live.on_start(make_info())
+    live.on_step(make_report(4, experts=LOST))
+    live.on_eval(EvalReport(step=4, loss=7.0, tokens=10, similarity={2: 0.125}))
+    text = shown(live)
+    expected = (
+        "MaxVio 0.50 in layer 2",
+        "1 of 3 dead",
+        "entropy 46%",
+        "selection bias -0.25 to 0.5",
+        "alike 0.125",
+        "▀▀▀",
+    )
+    assert [part for part in expected if part not in text] == []
+
+
+def test_a_model_without_experts_has_no_such_row(live, make_info, make_report):
+    live.on_start(make_info())
+    live.on_step(make_report(4))
+    assert "experts" not in shown(live)
+
+
+def test_the_last_known_loads_stay_while_a_record_leaves_them_out(live, make_info, make_report):
+    live.on_start(make_info())
+    live.on_step(make_report(4, experts=LOST))
+    live.on_step(make_report(5, experts=recall(record(LOST, loads=False))))
+    assert "▀▀▀" in shown(live)
+
+
+def test_a_terminal_without_colors_has_words_only(make_info, make_report):
+    observer = Progress(Terminal(file=io.StringIO(), width=100), Clock())
+    observer.on_start(make_info())
+    observer.on_step(make_report(4, experts=LOST))
+    text = shown(observer)
+    observer.close()
+    assert "1 of 3 dead" in text and "▀" not in text

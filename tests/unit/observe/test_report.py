@@ -48,3 +48,15 @@ def test_all_wrong_folders_are_named_at_once(tmp_path: Path, write_life):
     with pytest.raises(Problems) as caught:
         write([tmp_path / "x", tmp_path / "a", tmp_path / "y"])
     assert [Path(problem.where).name for problem in caught.value.problems] == ["x", "y"]
+
+
+def test_a_mixture_has_a_picture_of_its_experts_beside(tmp_path: Path, write_life, write_mixture):
+    write_life(tmp_path / "dense", [1, 2])
+    write_mixture(tmp_path / "sparse", [1, 2])
+    made = write([tmp_path / "dense", tmp_path / "sparse"])[2]
+    assert made == tmp_path / "dense" / "experts.png" and made.read_bytes().startswith(PNG)
+
+
+def test_an_output_takes_the_picture_of_experts_beside_it(tmp_path: Path, write_mixture):
+    write_mixture(tmp_path / "sparse", [1, 2])
+    assert write([tmp_path / "sparse"], tmp_path / "new" / "one.html")[2] == tmp_path / "new" / "one-experts.png"

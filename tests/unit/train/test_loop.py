@@ -14,6 +14,7 @@ from shardforge.core.errors import EngineError
 from shardforge.core.rundir import RunDir
 from shardforge.engine.base import Losses, UpdateStats
 from shardforge.observe.audience import Audience
+from shardforge.observe.experts import ExpertTally
 from shardforge.train.loop import train
 from shardforge.train.run import Run
 from shardforge.train.world import World
@@ -42,6 +43,9 @@ class Events(list):
     def evaluate(self, batch: Losses) -> Losses:
         return batch
 
+    def similarity(self) -> dict[int, float]:
+        return {1: 0.25}
+
     def state(self) -> dict[str, torch.Tensor]:
         return {}
 
@@ -66,6 +70,7 @@ class Events(list):
 
     def on_eval(self, report: Any) -> None:
         self.append(f"held-out {report.loss:g} of {report.tokens} after {report.step}")
+        self.append(f"alike {report.similarity}")
 
     def on_checkpoint(self, step: int, path: Path) -> None:
         self.append(f"{path.name}")
@@ -112,6 +117,15 @@ def test_a_resumed_run_goes_on_with_its_next_step(run):
     made, events = run(step=2)
     train(made)
     assert only(events, "forward", "told") == ["forward batch 2", "told 3"]
+
+
+def test_observers_are_told_how_experts_were_used(run):
+    made, events = run(steps=1)
+    tally, told = ExpertTally((3.0, 1.0), 2.0, 0.5, 0.0), []
+    events.forward_backward = lambda batch, step: Losses(1.0, {}, 4, {7: tally})
+    events.on_step = lambda report: told.append(report.experts)
+    train(made)
+    assert told == [{7: tally}]
 
 
 @pytest.mark.parametrize(("every", "saved"), [(0, [5]), (1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (9, [5])])
@@ -178,6 +192,12 @@ def test_evaluations_come_when_they_are_due_and_at_the_end(run, every, steps):
     made, events = run(steps=4, eval_every=every, eval_sequences=2)
     train(made)
     assert only(events, "held-out") == [f"held-out 3 of 30 after {step}" for step in steps]
+
+
+def test_how_alike_experts_are_is_told_with_each_evaluation(run):
+    made, events = run(steps=4, eval_every=2, eval_sequences=2)
+    train(made)
+    assert only(events, "alike") == ["alike {1: 0.25}"] * 2
 
 
 def test_without_held_out_sequences_nothing_is_evaluated(run):
