@@ -79,6 +79,17 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def opened(folder: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
+    """Manifest and index of a committed checkpoint whose files are all there; CheckpointError says what is not."""
+    manifest = folders.read_manifest(folder)
+    if broken := list(sizes(folder, manifest)):
+        raise CheckpointError(f"the checkpoint is damaged:\n{index.shorten(broken)}", folder, index.DAMAGED)
+    hashes = {record["file"]: record["sha256"] for record in manifest["files"]}
+    if tensorfile.sha256(folder / index.NAME) != hashes.get(index.NAME):
+        raise CheckpointError("the index is not the one that was committed", folder / index.NAME, index.DAMAGED)
+    return manifest, index.read(folder)
+
+
 def sizes(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
     """The quick part of an audit: files that are missing or have another length than when they were committed."""
     for record in manifest["files"]:

@@ -1,0 +1,78 @@
+"""How far the writing is, read from the sizes of the files: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shardforge.core.units import bytes_, seconds
+
+LOOK_S, LINE_S = 0.5, 10.0
+
+
+@contextmanager
+def shown(folder: Path, total: int, before: int) -> Iterator[None]:
+    """Show how the files of `folder` grow to `total` bytes; `before` of them were there already. On stderr."""
+    over = threading.Event()
+    paint, close = _bar(total, before) if sys.stderr.isatty() else _lines(total, before)
+
+    def look() -> None:
+        while not over.wait(LOOK_S):
+            paint(written(folder))
+
+    watcher = threading.Thread(target=look, name="upcycle-progress", daemon=True)
+    watcher.start()
+    try:
+        yield
+        paint(written(folder))
+    finally:
+        over.set()
+        watcher.join()
+        close()
+
+
+def written(folder: Path) -> int:
+    """Bytes of tensor files in a folder whose files come and go."""
+    size = 0
+    for path in folder.glob("*.safetensors"):
+        try:
+            size += path.stat().st_size
+        except FileNotFoundError:
+            continue
+    return size
+
+
+def _bar(total: int, before: int) -> tuple[Callable[[int], None], Callable[[], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("upcycling"), BarColumn(), DownloadColumn(True), TransferSpeedColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task("upcycling", total=max(1, total), completed=before)
+    bar.start()
+    return lambda size: bar.update(task, completed=min(size, total)), bar.stop
+
+
+def _lines(total: int, before: int) -> tuple[Callable[[int], None], Callable[[], None]]:
+    begun = last = time.monotonic()
+
+    def paint(size: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < LINE_S:
+            return
+        last = now
+        print(line(min(size, total), total, before, now - begun), file=sys.stderr, flush=True)
+
+    return paint, lambda: None
+
+
+def line(size: int, total: int, before: int, spent_s: float) -> str:
+    """ "2.00 GiB of 8.00 GiB, 512 MiB/s, 12 s left"."""
+    rate = (size - before) / spent_s if spent_s > 0 else 0.0
+    left = f", {seconds((total - size) / rate)} left" if rate > 0 else ""
+    return f"{bytes_(size)} of {bytes_(total)}, {bytes_(rate)}/s{left}"
