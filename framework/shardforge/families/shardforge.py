@@ -1,0 +1,109 @@
+"""A run of ours, or one of its checkpoints, as a source of weights and of what its optimizer kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardforge.checkpoint import audit, folders, tensorfile
+from shardforge.checkpoint.index import Entry
+from shardforge.checkpoint.storage import stored
+from shardforge.checkpoint.tensorfile import TYPES
+from shardforge.core.errors import CheckpointError
+from shardforge.core.rundir import RunDir
+from shardforge.families.source import Info
+from shardforge.recipe.load import load
+from shardforge.recipe.provenance import plain
+
+MODEL, OPTIM = "model.", "optim."
+
+
+def step_folder(path: Path) -> Path | None:
+    """The step folder that `path` is, or the newest committed one of the run directory or the folder of checkpoints
+    that it is; None when it is none of these. CheckpointError for a run that has committed nothing."""
+    if (path / folders.MARKER).is_file() or (path / folders.MANIFEST).is_file():
+        return path
+    run = RunDir(path)
+    for root in (run.checkpoints, path):
+        if steps := folders.committed(root):
+            return root / folders.name(steps[-1])
+    if run.checkpoints.is_dir() or (run.recipe.is_file() and run.provenance.is_file()):
+        raise CheckpointError("this run has no committed checkpoint", path, "wait for its first one")
+    return None
+
+
+class RunSource:
+    """See `families.source.Source`. `folder` is a committed step folder; the model stands in the recipe of its run."""
+
+    def __init__(self, folder: Path):
+        self.path = folder
+        manifest, self._entries = audit.opened(folder)
+        self.step = int(manifest["step"])
+        self.model: dict[str, Any] = plain(load(recipe_of(folder)).recipe.model)
+        self.names = {name: _info(entry) for name, entry in self._part(MODEL)}
+        self.moments = _moments(self.names, dict(self._part(OPTIM)))
+
+    def read(self, name: str) -> Tensor:
+        return self._read(MODEL + name)
+
+    def read_moment(self, kind: str, name: str) -> Tensor:
+        return self._read(f"{OPTIM}{name}.{kind}")
+
+    def _part(self, prefix: str) -> Iterator[tuple[str, Entry]]:
+        for name, entry in self._entries.items():
+            if name.startswith(prefix):
+                yield name.removeprefix(prefix), entry
+
+    def boxes(self, name: str) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        """The pieces that a weight was saved in: where each begins, and its numbers, which no one may change.
+
+        A piece is mapped from its file while the iteration is there; only what is read of it costs anything.
+        """
+        yield from self._boxes(self._entries[MODEL + name])
+
+    def _boxes(self, entry: Entry) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        for chunk in entry.chunks:
+            path = self.path / chunk.file
+            with tensorfile.opened(path) as file:
+                yield chunk.offsets, stored(file, chunk, entry.dtype, path)
+
+    def _read(self, name: str) -> Tensor:
+        entry = self._entries[name]
+        whole = torch.empty(entry.shape, dtype=TYPES[entry.dtype][0])
+        for offsets, numbers in self._boxes(entry):
+            whole[tuple(slice(at, at + size) for at, size in zip(offsets, numbers.shape, strict=True))] = numbers
+        return whole
+
+
+def recipe_of(folder: Path) -> Path:
+    """The recipe of the run that a step folder belongs to. CheckpointError when the folder was taken out of its run."""
+    for place in (folder.resolve().parent.parent, folder):
+        if RunDir(place).recipe.is_file():
+            return RunDir(place).recipe
+    raise CheckpointError(
+        "no recipe.yaml says what model this is a checkpoint of",
+        folder,
+        "name the folder inside its run directory, or put a copy of the run's recipe.yaml into it",
+    )
+
+
+def _info(entry: Entry) -> Info:
+    return Info(entry.shape, entry.dtype)
+
+
+def _moments(names: dict[str, Info], optim: dict[str, Entry]) -> tuple[str, ...]:
+    """Kinds of tensors that the optimizer keeps, as large as the weight, for every weight that it updates."""
+    kinds: dict[str, dict[str, tuple[int, ...]]] = {}
+    for full, entry in optim.items():
+        name, _, kind = full.rpartition(".")
+        kinds.setdefault(kind, {})[name] = entry.shape
+    updated = {name for of_kind in kinds.values() for name in of_kind if name in names}
+
+    def everywhere(of_kind: dict[str, tuple[int, ...]]) -> bool:
+        return of_kind.keys() == updated and all(names[name].shape == of_kind[name] for name in updated)
+
+    return tuple(sorted(kind for kind, of_kind in kinds.items() if everywhere(of_kind)))
