@@ -26,7 +26,7 @@ class Staging:
         kept, self._buffers = self._buffers, {}
         on_device = False
         for name, tensor in tensors.items():
-            piece = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+            piece = _piece(tensor)
             buffer = kept.get(name)
             if buffer is None or buffer.shape != piece.shape or buffer.dtype != piece.dtype:
                 buffer = torch.empty(piece.shape, dtype=piece.dtype, pin_memory=piece.is_cuda)
@@ -36,6 +36,15 @@ class Staging:
         if on_device:
             torch.cuda.synchronize()
         return dict(self._buffers)
+
+
+def live(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's piece of each tensor, where it is: for a save that training waits for."""
+    return {name: _piece(tensor) for name, tensor in tensors.items()}
+
+
+def _piece(tensor: Tensor) -> Tensor:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 class StagedPlanner(DefaultSavePlanner):

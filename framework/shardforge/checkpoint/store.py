@@ -29,8 +29,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from shardforge.checkpoint import audit, folders, index, tensorfile
 from shardforge.checkpoint.crew import Crew, explained, lost
-from shardforge.checkpoint.index import DAMAGED, Entry
-from shardforge.checkpoint.staging import StagedPlanner, Staging, check, whole_bytes
+from shardforge.checkpoint.index import Entry
+from shardforge.checkpoint.staging import StagedPlanner, Staging, check, live, whole_bytes
 from shardforge.checkpoint.storage import ShardReader, ShardWriter
 from shardforge.core.errors import CheckpointError
 from shardforge.core.log import logger
@@ -76,9 +76,9 @@ class Store:
         """Save `tensors` (see `state.collect`) and `extra` (JSON) as of `step`; seconds that training stood still.
 
         Returns when the tensors are copied, so they may change at once; with `wait`, or unless cfg.asynchronous, when
-        the checkpoint is committed. A step that is committed already is left as it is.
+        the checkpoint is committed, and then no copy is made. A step that is committed already is left as it is.
         """
-        begun = time.perf_counter()
+        begun, standing = time.perf_counter(), wait or not self.cfg.asynchronous
         self._settle()
         self._crew.agree(lambda: check(tensors, extra), self.path)
         stages = dict(
@@ -88,13 +88,13 @@ class Store:
         if attempt is None:
             return time.perf_counter() - begun
         try:
-            pieces: Mapping[str, Tensor] | Exception = self._staging.copy(tensors)
+            pieces: Mapping[str, Tensor] | Exception = live(tensors) if standing else self._staging.copy(tensors)
         except Exception as cause:
             pieces = cause  # told to the others in the background, where they are
         saving = _Saving(step, self.path / attempt, dict(tensors), pieces, json.loads(json.dumps(extra)))
         self._thread = threading.Thread(target=self._finish, args=(saving,), name=f"checkpoint-{step}")
         self._thread.start()
-        if wait or not self.cfg.asynchronous:
+        if standing:
             self._settle()
         return time.perf_counter() - begun
 
@@ -207,13 +207,7 @@ class Store:
 
     def _entries(self, folder: Path) -> dict[str, Entry]:
         """The index of a checkpoint that is whole and of this model."""
-        manifest = folders.read_manifest(folder)
-        if broken := list(audit.sizes(folder, manifest)):
-            raise CheckpointError(f"the checkpoint is damaged:\n{index.shorten(broken)}", folder, DAMAGED)
-        hashes = {record["file"]: record["sha256"] for record in manifest["files"]}
-        if tensorfile.sha256(folder / index.NAME) != hashes[index.NAME]:
-            raise CheckpointError("the index is not the one that was committed", folder / index.NAME, DAMAGED)
-        entries = index.read(folder)
+        manifest, entries = audit.opened(folder)
         _same(audit.compare(manifest["describe"], self.describe), folder)
         return entries
 

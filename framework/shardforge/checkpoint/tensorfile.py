@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 
 BLOCK_BYTES = 1 << 24
+BEHIND_BYTES = 1 << 26
+"""Bytes of a file that may wait in the page cache. They go to the disk while the next ones are made, and their pages
+serve again: new pages cost more than the copy into them, and would drive out what others have cached."""
 
 TYPES: dict[str, tuple[torch.dtype, str]] = {
     "float64": (torch.float64, "F64"),
@@ -78,13 +81,17 @@ def write_tensors(path: Path, parts: Sequence[Part]) -> Written:
         start = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
+    digest, waiting = hashlib.sha256(), 0
     with path.open("xb") as file, ThreadPoolExecutor(1, "checkpoint-hash") as hasher:
         for block in chain([len(text).to_bytes(8, "little") + text], _blocks(parts)):
             hashed = hasher.submit(digest.update, block)
             put(file, block)
+            waiting += len(block)
+            if waiting >= BEHIND_BYTES:
+                _drain(file)
+                waiting = 0
             hashed.result()
-        _settle(file)
+        _drain(file)
     return Written(path.name, 8 + len(text) + start, digest.hexdigest())
 
 
@@ -135,6 +142,13 @@ def _blocks(parts: Sequence[Part]) -> Iterator[Any]:
         raw = memoryview(numbers)
         for start in range(0, len(raw), BLOCK_BYTES):
             yield raw[start : start + BLOCK_BYTES]
+
+
+def _drain(file: BinaryIO) -> None:
+    """Bring what is written to the disk and give its pages back."""
+    _settle(file)
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _settle(file: BinaryIO) -> None:

@@ -39,6 +39,8 @@ def load(name_or_path: str | Path, sets: Sequence[str] = ()) -> Loaded:
     """
     path = find(name_or_path)
     tree, problems = tree_of(path)
+    if "arms" in tree.value:
+        raise RecipeError("this is a sweep of several runs, not one recipe", path, f"shardforge sweep {name_or_path}")
     return finish(tree, problems, sets, path)
 
 

@@ -65,7 +65,9 @@ class CheckpointConfig:
     every: int = option(500, "distance between checkpoints; 0 saves only at the end", unit="steps", at_least=0)
     keep_last: int = option(3, "newest checkpoints kept", at_least=1)
     keep_every: int | None = option(None, "multiples of this are never deleted", unit="steps", at_least=1)
-    asynchronous: bool = option(True, "write in the background; training waits only for the copy")
+    asynchronous: bool = option(
+        True, "write in the background; training waits only for a copy in memory. false: it waits, without a copy"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,11 @@ class TrainConfig:
         None, "sequences in one forward pass of one data rank; empty takes the rank's whole share", at_least=1
     )
     batch_warmup: BatchWarmupConfig | None = option(None, "smaller batches at the start")
+    start: str | None = option(
+        None,
+        "weights that step 0 begins with: a Hugging Face or Megatron folder, a ShardForge run or one of its steps; the "
+        "optimizer begins fresh, and a run that has a checkpoint of its own goes on from that",
+    )
     timeout: int = option(
         600, "time without progress after which a run of several ranks ends and says why", unit="seconds", at_least=1
     )

@@ -20,8 +20,17 @@ from shardforge.checkpoint.tensorfile import write_whole
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "triton", "flash-attn", "transformer-engine", "deepspeed")
 
 
-def start(*, recipe_hash: str, data: str, seed: int, layout: str, first_step: int, device: str) -> dict[str, Any]:
-    """One entry, plain data."""
+def start(
+    *,
+    recipe_hash: str,
+    data: str,
+    seed: int,
+    layout: str,
+    first_step: int,
+    device: str,
+    weights: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """One entry, plain data. `weights` says whose weights this start began with, None for its own."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
@@ -30,6 +39,7 @@ def start(*, recipe_hash: str, data: str, seed: int, layout: str, first_step: in
         "seed": seed,
         "layout": layout,
         "first_step": first_step,
+        "weights": weights,
         "shardforge": shardforge.__version__,
         "code": code(Path(shardforge.__file__).parent),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},

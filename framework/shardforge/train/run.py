@@ -6,6 +6,7 @@ import json
 import os
 from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO
 
@@ -20,6 +21,7 @@ from shardforge.core.log import logger
 from shardforge.core.rundir import RunDir
 from shardforge.data.loader import Loader
 from shardforge.engine.base import Engine
+from shardforge.families.source import Source
 from shardforge.observe.audience import Audience
 from shardforge.observe.base import Observer, RunInfo
 from shardforge.observe.jsonl import MetricsFile
@@ -29,15 +31,17 @@ from shardforge.precision.types import DTYPES
 from shardforge.recipe.load import Loaded, load
 from shardforge.recipe.provenance import content_hash, differences, dump, plain
 from shardforge.recipe.schema import Recipe
-from shardforge.train import lock, peak, provenance
+from shardforge.train import lock, peak, provenance, start
 from shardforge.train.world import World
 
 log = logger("train")
 
 KEPT = ("seed", "model", "objective", "data.packing", "data.documents", "data.shuffled", "data.sources")
-KEPT += ("train.sequences", "train.seq_len", "train.batch_warmup")
+KEPT += ("train.sequences", "train.seq_len", "train.batch_warmup", "train.start")
 """Fields that a run directory keeps for life, with all below them: they decide weights and data order."""
-FREE = ("model.core",)
+FREE = ("model.core", "model.blocks.*.mixer.position.scaling", "model.blocks.*.mixer.evaluation")
+"""Fields among them that decide neither, `*` for any name: how attention is computed, and the scaling of positions,
+which has no weights, so that a run can go on at the rates of a longer context."""
 
 
 @dataclass
@@ -69,13 +73,16 @@ def open_run(loaded: Loaded, world: World) -> Run:
     watching: list[Observer] = []
     world.lead(lambda: watching.extend(watchers(recipe, run_dir)))
     data = world.agree(lambda: open_data(recipe, world))
+    source = world.agree(lambda: start.find(recipe, run_dir))
     engine = world.agree(lambda: recipe.engine.build(recipe, world.device))
     store = Store(run_dir.checkpoints, recipe.checkpoint, describe=engine.describe())
     step = resume(store, engine, data, world)
+    if source is not None and step == 0:
+        world.agree(lambda: start.begin(source, recipe, engine))
     rate = torch.tensor(peak.measure(world.device, DTYPES[recipe.precision.compute]), dtype=torch.float64)
     if world.control is not None:
         dist.all_reduce(rate, group=world.control)
-    world.lead(lambda: write_identity(loaded, run_dir, data, step, world))
+    world.lead(lambda: write_identity(loaded, run_dir, data, step, world, source))
     audience = Audience(watching)
     audience.on_start(
         RunInfo(
@@ -140,7 +147,7 @@ def check_same_run(run_dir: RunDir, recipe: Recipe) -> None:
 
 def kept(field: str) -> bool:
     def below(names: tuple[str, ...]) -> bool:
-        return any(field == name or field.startswith((f"{name}.", f"{name}[")) for name in names)
+        return any(fnmatchcase(f"{field}.".replace("[", "."), f"{name}.*") for name in names)
 
     return below(KEPT) and not below(FREE) and not field.endswith(".path")  # moved data is known by its fingerprint
 
@@ -163,7 +170,9 @@ def resume(store: Store, engine: Engine, data: Loader, world: World) -> int:
     return steps[-1]
 
 
-def write_identity(loaded: Loaded, run_dir: RunDir, data: Loader, step: int, world: World) -> None:
+def write_identity(
+    loaded: Loaded, run_dir: RunDir, data: Loader, step: int, world: World, source: Source | None
+) -> None:
     """First rank: what this run is, for people and for `shardforge train RUN_DIR/recipe.yaml`."""
     recipe = loaded.recipe
     for stale in (run_dir.stopped, run_dir.failure):
@@ -180,6 +189,7 @@ def write_identity(loaded: Loaded, run_dir: RunDir, data: Loader, step: int, wor
         layout=str(recipe.parallel),
         first_step=step,
         device=f"{world.size} x {name}",
+        weights=start.identity(source) if source is not None else None,
     )
     provenance.append(run_dir.provenance, entry)
     for line in summary(recipe.parallel, int(os.environ.get("LOCAL_WORLD_SIZE", world.size))) if world.size > 1 else ():

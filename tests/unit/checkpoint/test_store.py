@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from shardforge.checkpoint import tensorfile
+from shardforge.checkpoint.staging import Staging
 from shardforge.checkpoint.store import Store
 from shardforge.core.errors import CheckpointError
 from shardforge.core.layout import Layout
@@ -109,6 +110,13 @@ def test_a_save_can_be_waited_for(opened, way):
     store = opened(asynchronous=way.get("asynchronous", True))
     store.save(1, numbers(1), {}, wait=way.get("wait", False))
     assert store.committed() == [1]
+
+
+def test_a_save_that_is_waited_for_copies_nothing(opened, monkeypatch):
+    monkeypatch.setattr(Staging, "copy", None)
+    store = opened(asynchronous=False)
+    store.save(1, numbers(1), {})
+    assert value_of(store, 1) == 1
 
 
 def test_extra_and_description_come_back(opened):

@@ -7,6 +7,7 @@ import torch
 
 from shardforge.evals.generate import _draw, generate
 from shardforge.evals.open import Trained, open_trained
+from shardforge.nn.module import tagged
 from shardforge.nn.sequence import Sequence
 from tests.tiny import LENGTH, VOCAB
 
@@ -48,6 +49,17 @@ def test_tokens_come_as_often_as_their_probability_at_the_temperature(temperatur
 )
 def test_the_likeliest_tokens_that_reach_top_p_stay(top_p, kept):
     assert {token for token, share in enumerate(draws(500, top_p=top_p)) if share} == kept
+
+
+def test_latents_in_place_of_keys_and_values_say_the_same(trained):
+    widths = {"kv_lora_rank": 6, "qk_nope_head_dim": 3, "qk_rope_head_dim": 2, "v_head_dim": 5}
+    model = open_trained(trained(mixer={"kind": "mla", "heads": 4, "evaluation": "absorbed"} | widths)[0])
+    absorbed = say(model, temperature=0.0)
+    mixers = list(tagged(model.model, "mixer"))
+    assert all(mixer.absorbs for mixer in mixers)
+    for mixer in mixers:
+        mixer.absorbs = False
+    assert absorbed == say(model, temperature=0.0)
 
 
 def test_the_same_seed_says_the_same(model):

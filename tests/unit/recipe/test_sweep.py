@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from shardforge.core.errors import Problems, RecipeError
+from shardforge.recipe.load import load
 from shardforge.recipe.sweep import load_sweep
 from tests.unit.recipe.stock import TEXT
 
@@ -41,6 +42,11 @@ def test_a_sweep_has_a_name_and_a_folder_of_its_own(tmp_path):
 def test_what_is_set_is_set_in_every_arm(tmp_path):
     made = load_sweep(write(tmp_path, {"a": {}, "b": {"seed": 5}}), ["train.steps=7"])
     assert [arm.recipe.train.steps for arm in made.arms.values()] == [7, 7]
+
+
+def test_a_name_or_a_folder_that_is_set_is_that_of_the_sweep(tmp_path):
+    made = load_sweep(write(tmp_path, {"a": {}, "b": {}}), ["name=x", "run_dir=elsewhere"])
+    assert made.name == "x" and [arm.recipe.run_dir for arm in made.arms.values()] == ["elsewhere/a", "elsewhere/b"]
 
 
 def test_the_mistakes_of_all_arms_come_at_once_and_a_shared_one_once(tmp_path):
@@ -77,3 +83,8 @@ def test_a_recipe_is_no_sweep(tmp_path):
     write(tmp_path, {})
     with pytest.raises(RecipeError, match="this is no sweep: it has no arms"):
         load_sweep(tmp_path / "shared.yaml")
+
+
+def test_a_sweep_is_no_recipe(tmp_path):
+    with pytest.raises(RecipeError, match=r"this is a sweep(.|\n)*fix: shardforge sweep"):
+        load(write(tmp_path, {"a": {}}))

@@ -1,0 +1,109 @@
+"""Weights that a new run begins with instead of random ones: from another run, or from another program."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from shardforge.checkpoint import folders, state, tensorfile
+from shardforge.core.errors import CheckpointError, ForgeError, Problems, RecipeError
+from shardforge.core.log import logger, rank
+from shardforge.core.rundir import RunDir
+from shardforge.engine.base import Engine
+from shardforge.families.open import open_source
+from shardforge.families.pieces import fill
+from shardforge.families.shardforge import RunSource
+from shardforge.families.source import Source
+from shardforge.model.build import build
+from shardforge.recipe.build import build as filled
+from shardforge.recipe.model import ModelConfig
+from shardforge.recipe.provenance import differences, plain
+from shardforge.recipe.schema import Recipe
+from shardforge.recipe.tree import Origin, wrap
+
+log = logger("train")
+
+FIELD = "train.start"
+PREFIX = "model."
+ELSEWHERE = {"core", "init", "dropout", "balance", "z_loss", "evaluation"}
+"""Fields of a model that do not change what it computes in evaluation."""
+
+
+def find(recipe: Recipe, run_dir: RunDir) -> Source | None:
+    """What a run begins with; None for one that begins at random, or has a checkpoint of its own to go on from.
+
+    RecipeError or Problems, before anything is built, when the weights are not all of this model, with both shapes.
+    """
+    if recipe.train.start is None or folders.committed(run_dir.checkpoints):
+        return None
+    try:
+        source = open_source(Path(recipe.train.start))
+    except CheckpointError as error:
+        raise RecipeError(f"{FIELD}: {error.what}", error.where, error.fix) from error
+    problems = unlike(source, state.table(build(recipe.model, recipe.objective.build())))
+    if problems:
+        fix = "train the model that these weights are of, or leave train.start empty"
+        raise Problems([*problems, RecipeError("these are not the weights of this model", source.path, fix)], FIELD)
+    return source
+
+
+def unlike(source: Source, table: Mapping[str, Mapping[str, Any]]) -> list[ForgeError]:
+    """A line for each weight that is missing, not of this model, or of another shape.
+
+    What modules remember besides weights (it has no dims) may be missing: it stays as a new run has it.
+    """
+    found = {name: info.shape for name, info in source.names.items()}
+    wanted = {name: tuple(each["shape"]) for name, each in table.items() if each["dims"] or name in found}
+
+    def told(shape: tuple[int, ...] | None) -> str:
+        return "absent" if shape is None else str(list(shape))
+
+    return [
+        CheckpointError(f"{name}: {told(found.get(name))} there, {told(wanted.get(name))} here")
+        for name in [*wanted, *(found.keys() - wanted.keys())]
+        if found.get(name) != wanted.get(name)
+    ]
+
+
+def begin(source: Source, recipe: Recipe, engine: Engine) -> None:
+    """Fill the weights of an engine, on each rank the part that it has; the optimizer stays as it was built."""
+
+    def read(tensors: dict[str, Tensor]) -> None:
+        for name, target in tensors.items():
+            weight = name.removeprefix(PREFIX)
+            if weight != name and weight in source.names:
+                fill(source, weight, target)
+
+    for line in meanings(source.model, recipe.model) if rank() == 0 else ():
+        log.warning("%s: %s", FIELD, line)
+    engine.load(read)
+    log.info("step 0 begins with the weights in %s", source.path)
+
+
+def identity(source: Source) -> dict[str, Any]:
+    """What provenance says of a source: where it is, and of a checkpoint of ours its step and the manifest's hash."""
+    told: dict[str, Any] = {"path": str(source.path.resolve())}
+    if isinstance(source, RunSource):
+        told |= {"step": source.step, "manifest": tensorfile.sha256(source.path / folders.MANIFEST)}
+    return told
+
+
+def meanings(there: Mapping[str, Any], here: ModelConfig) -> list[str]:
+    """Fields that give the same shapes another meaning, such as the base of positions: once for all layers."""
+    config, _ = filled(ModelConfig, wrap(there, Origin(FIELD)))
+    changes: dict[str, str] = {}
+    for field, old, new in differences(_layers(config), _layers(here)):
+        if ELSEWHERE.isdisjoint(re.split(r"[.\[]", field)):
+            changes.setdefault(re.sub(r"^layers\.\d+", "layers", field), f"{old!r} there, {new!r} here")
+    return [f"{field}: {change}" for field, change in changes.items()]
+
+
+def _layers(model: ModelConfig) -> dict[str, Any]:
+    """A model by layer, so that the names of blocks do not count."""
+    blocks = {str(layer): plain(model.blocks[name]) for layer, name in enumerate(model.layers)}
+    return {"layers": blocks} | plain(dataclasses.replace(model, blocks={}, stack=()))
