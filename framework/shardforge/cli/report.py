@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-HELP = "write a report of one or several runs that opens without a network, and pictures of the loss and of experts"
+HELP = "write a report of runs that opens without a network, and pictures of loss and experts"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
