@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -147,12 +148,16 @@ class NativeEngine:
         index = context.zigzag(batch.tokens.shape[1], layout.cp, self.mesh.coordinate("cp"))
         length = batch.tokens.shape[1]
         batch = batch.look_ahead(self.ahead)  # while rows are whole: another rank may hold the token ahead
+        rows = [(each.documents != PADDING).any(1).sum() for each in (batch, *batch.ahead)]
         batch = (batch.at(index) if layout.cp > 1 else batch).to(self.device)
         index = index.to(self.device)
         real = [(each.documents != PADDING).sum() for each in (batch, *batch.ahead)]
-        counts = torch.stack([(batch.labels != IGNORE).sum(), *real])
-        scored, tokens, *further = self.total(counts, self.mesh.data).tolist()
-        shares = Shares(tokens, len(batch) * layout.data_ranks, tuple(further))
+        counts = torch.stack([(batch.labels != IGNORE).sum(), *real, *(each.to(self.device) for each in rows)])
+        scored, *sizes = self.total(counts, self.mesh.data).tolist()
+        here, *further = (
+            Shares(t, r // layout.cp) for t, r in zip(sizes[: len(real)], sizes[len(real) :], strict=True)
+        )
+        shares = replace(here, ahead=tuple(further))
         tables = torch.promote_types(self.compute, torch.float32)
 
         def place(piece: Batch) -> Sequence:

@@ -85,8 +85,8 @@ def pooled(counts: Tensor, tokens: Tensor, shares: Tensor, rows: int, sequences:
     """This rank's part of the mean over pools of E sum_i f_i P_i, 0-d.
 
     counts [b, e] of choices and tokens [b] of whole sequences, shares [b, e] summed over the tokens here; a pool is
-    `rows` sequences, of `sequences` in the batch. Rows that are left over (in evaluation) are a smaller pool, and a
-    smaller part of the mean.
+    `rows` sequences, of `sequences` in the batch that hold a token. A pool's part of the mean is its share of those:
+    rows of padding, or rows left over in evaluation, make a smaller pool.
     """
     b, e = counts.shape
     pools = -(-b // rows)
@@ -94,10 +94,10 @@ def pooled(counts: Tensor, tokens: Tensor, shares: Tensor, rows: int, sequences:
     def added(x: Tensor) -> Tensor:  # [b, ...] -> [pools, ...]
         return F.pad(x, (0, 0, 0, pools * rows - b)).unflatten(0, (pools, rows)).sum(1)
 
+    sizes = added((tokens > 0).to(shares.dtype)[:, None])
     counts, tokens, shares = added(counts), added(tokens[:, None]), added(shares)
     f = counts.to(shares.dtype) / counts.sum(1, keepdim=True).clamp(min=1)
-    sizes = added(torch.ones(b, 1, dtype=shares.dtype, device=shares.device))
-    return e * (sizes / sequences * f * shares / tokens.clamp(min=1)).sum()
+    return e * (sizes / max(1, sequences) * f * shares / tokens.clamp(min=1)).sum()
 
 
 def spread_evenly(load: Tensor) -> Tensor:
@@ -108,12 +108,11 @@ def spread_evenly(load: Tensor) -> Tensor:
 
 
 def whole_pools(seq: Sequence, rows: int, where: str = "balance") -> bool:
-    """True; RecipeError where this micro-batch is not made of whole pools of `rows` sequences, or the batch is not."""
-    b, total = len(seq.rows), seq.shares.sequences
+    """True; RecipeError where this micro-batch is not made of whole pools of `rows` sequences."""
+    b = len(seq.rows)
     fix = f"train.sequences on each data rank and train.micro_batch must be multiples of {rows}, or write sequences: 1"
-    for count, what in ((b, "a micro-batch"), (total, "the batch")):
-        if count % rows:
-            raise RecipeError(f"pools of sequences={rows} do not fill {what} of {count} sequences", where, fix)
+    if b % rows:
+        raise RecipeError(f"pools of sequences={rows} do not fill a micro-batch of {b} sequences", where, fix)
     if isinstance(seq.rows, FakeTensor) or seq.rows.is_meta:
         return True
     pools = seq.rows.view(-1, rows) // rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -17,12 +17,12 @@ class Shares:
     """What a sum over this micro-batch is a share of: sizes of the whole batch of the step, over all ranks."""
 
     tokens: int = 1  # positions that hold a token of a document
-    sequences: int = 1
-    ahead: tuple[int, ...] = ()  # positions whose document goes on for 1, 2, ... tokens, see Batch.look_ahead
+    sequences: int = 1  # those that hold a token; a row of padding counts nowhere
+    ahead: tuple[Shares, ...] = ()  # of the positions whose document goes on for 1, 2, ... tokens: Batch.look_ahead
 
     def further(self, j: int) -> Shares:
         """For modules that see no position but these, those of ahead[j]."""
-        return replace(self, tokens=self.ahead[j]) if self.ahead else self
+        return self.ahead[j] if self.ahead else self
 
 
 @dataclass(frozen=True)

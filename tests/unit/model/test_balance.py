@@ -191,7 +191,6 @@ def test_conversions_keep_what_a_coefficient_means():
     ("rows", "sequences", "message"),
     [
         (range(3), 4, "pools of sequences=2 do not fill a micro-batch of 3 sequences"),
-        (range(2), 5, "pools of sequences=2 do not fill the batch of 5 sequences"),
         (range(1, 3), 4, r"rows \[1, 2\] of the batch are not whole pools of sequences=2"),
     ],
 )

@@ -81,9 +81,9 @@ def test_a_block_is_told_which_places_are_padding_to_it_and_how_many_are_not():
     for further in model.mtp.children():
         further.block.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
     seq = sequence(given)
-    seq.shares = Shares(100, 8, (90, 80))
+    seq.shares = Shares(100, 8, (Shares(90, 7), Shares(80, 6)))
     model(given.tokens, seq, given.labels)
-    assert [each.shares for each in seen] == [Shares(90, 8, (90, 80)), Shares(80, 8, (90, 80))]
+    assert [each.shares for each in seen] == [Shares(90, 7), Shares(80, 6)]
     for each, there in zip(seen, given.ahead, strict=True):
         assert torch.equal(each.documents, there.documents) and (each.documents == PADDING).any()
 
