@@ -141,8 +141,13 @@ def own_keys_only() -> None:
 
 def experts_twice() -> None:
     """The gradient of an expert is summed once more over ep."""
-    right = experts.grouped_linear
-    experts.grouped_linear = lambda x, weight, counts: right(x, weight + (weight - weight.detach()), counts)
+    one, several = experts.grouped_linear, experts.grouped_linears
+
+    def twice(weight: Tensor) -> Tensor:
+        return weight + (weight - weight.detach())
+
+    experts.grouped_linear = lambda x, weight, *rest: one(x, twice(weight), *rest)
+    experts.grouped_linears = lambda x, weights, *rest: several(x, [twice(weight) for weight in weights], *rest)
 
 
 def routers_of_own_experts() -> None:

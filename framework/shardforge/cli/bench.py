@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
-HELP = "measure the loader, a training step, a layout or a pipeline on this machine"
+HELP = "measure the loader, a training step, a mixture of experts, upcycling, a layout or a pipeline on this machine"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,6 +17,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="sets", help="change a field")
     step.add_argument("--pairs", type=int, default=10, help="timed pairs of steps (default: 10)")
     step.add_argument("--threads", type=int, help="torch threads (default: all cores)")
+    moe = parts.add_parser("moe", help="one mixture-of-experts layer, beside transformers")
+    moe.add_argument("shapes", nargs="*", metavar="SHAPE", help="tokens x hidden x inner of an expert, 2048x1024x256")
+    moe.add_argument("--experts", type=int, default=64, help="experts of the layer (default: 64)")
+    moe.add_argument("--k", type=int, default=6, help="experts of a token (default: 6)")
+    moe.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"], help="default: both")
+    moe.add_argument("--pairs", type=int, default=10, help="timed passes of each layer (default: 10)")
+    moe.add_argument("--threads", type=int, help="torch threads (default: all cores)")
+    moe.add_argument("--peers", action="store_true", help="also torchtitan, where it is installed")
+    upcycle = parts.add_parser("upcycle", help="upcycling a dense model with all cores, beside a copy of the result")
+    upcycle.add_argument("--layers", type=int, default=4, help="layers of the dense model (default: 4)")
+    upcycle.add_argument("--hidden", type=int, default=2048, help="hidden size, a multiple of 128 (default: 2048)")
+    upcycle.add_argument("--inner", type=int, default=5632, help="neurons of its ffn (default: 5632)")
+    upcycle.add_argument("--experts", type=int, default=8, help="experts of a layer (default: 8)")
+    upcycle.add_argument("--ratio", type=float, default=0.5, help="share of neurons drawn anew (default: 0.5)")
+    upcycle.add_argument(
+        "--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"], help="default: both"
+    )
+    upcycle.add_argument("--pairs", type=int, default=3, help="timed pairs of each (default: 3)")
+    upcycle.add_argument("--folder", type=Path, help="where the files go, twice the result (default: temporary files)")
     parallel = parts.add_parser("parallel", help="a step on two local ranks, beside the same one written by hand")
     parallel.add_argument("layouts", nargs="*", metavar="LAYOUT", help="tp2, dp2, pp2, dp2-ep2 (default: all)")
     parallel.add_argument("--pairs", type=int, default=20, help="timed pairs of steps (default: 20)")
@@ -31,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from shardforge.parallel.pool import Failure
 
     try:
-        {"data": _data, "step": _step, "parallel": _parallel, "bubble": _bubble}[args.subject](args)
+        SUBJECTS[args.subject](args)
     except Failure as failure:
         asked = f"shardforge bench {args.subject}"
         raise (failure.refused or EngineError(str(failure), asked, "--traceback shows more")) from failure
@@ -58,6 +78,29 @@ def _step(args: argparse.Namespace) -> None:
     print(f"ratio {found.ratio:.2f} of the fastest steps, {found.median:.2f} in the median pair")
 
 
+def _moe(args: argparse.Namespace) -> None:
+    import torch
+
+    from shardforge.bench import moe
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    shapes = [moe.sizes(text, args.experts, args.k) for text in args.shapes or moe.SHAPES]
+    moe.run(shapes, args.dtypes, args.pairs, print, more=args.peers)
+
+
+def _upcycle(args: argparse.Namespace) -> None:
+    from shardforge.bench import upcycle
+    from shardforge.upcycle.options import read_options
+    from shardforge.upcycle.run import upcycle as made
+
+    given = read_options(flags={"experts": args.experts, "k": 1, "method": {"kind": "drop", "ratio": args.ratio}})
+    for dtype in args.dtypes:
+        size = upcycle.Size(args.layers, args.hidden, args.inner, args.experts, dtype)
+        ratio = upcycle.run(lambda source, output: made(source, output, given), size, args.pairs, args.folder, print)
+        print(f"{dtype}: {ratio:.2f} of the speed of cp in the median pair")
+
+
 def _parallel(args: argparse.Namespace) -> None:
     from shardforge.bench import parallel
 
@@ -70,3 +113,6 @@ def _bubble(args: argparse.Namespace) -> None:
 
     one = args.ms / 1000
     bubble.run(args.pp, args.micro_batches, Cost(one, one, one), print)
+
+
+SUBJECTS = {"data": _data, "step": _step, "moe": _moe, "upcycle": _upcycle, "parallel": _parallel, "bubble": _bubble}

@@ -11,7 +11,7 @@ from shardforge.core.dims import Dim
 from shardforge.model.activations import CURVES, Activation
 from shardforge.model.context import BuildContext
 from shardforge.nn.fused import clamped, gated
-from shardforge.nn.grouped import grouped_linear
+from shardforge.nn.grouped import grouped_linear, grouped_linears
 from shardforge.nn.init import zeros
 from shardforge.nn.module import Module, local
 
@@ -56,13 +56,13 @@ class Experts(Module):
             self.declare("down_bias", e, h, init=zeros)
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:  # [n, h] expert by expert, [e] -> [n, h]
-        inner = self.unit(*(self.product(name, x, counts) for name in self.reads))
-        return self.product("down", inner, counts, self.once)
+        weights = [local(getattr(self, name)) for name in self.reads]
+        inner = self.unit(*grouped_linears(x, weights, counts, [self.bias(name) for name in self.reads]))
+        return grouped_linear(inner, local(self.down), counts, self.bias("down", self.once))
 
-    def product(self, name: str, x: Tensor, counts: Tensor, once: float = 1.0) -> Tensor:
-        """x times the weight of that name, plus its bias `once`."""
-        weight = local(getattr(self, name))
+    def bias(self, name: str, once: float = 1.0) -> Tensor | None:
+        """`once` the bias of the weight of that name."""
         if not self.biased:
-            return grouped_linear(x, weight, counts)
+            return None
         bias = local(getattr(self, f"{name}_bias"))
-        return grouped_linear(x, weight, counts, bias if once == 1.0 else bias * once)
+        return bias if once == 1.0 else bias * once

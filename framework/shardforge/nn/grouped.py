@@ -7,10 +7,13 @@ and 19 against 11, 15 and 44 ms in bfloat16 (torch 2.13, 22 November 2026).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.autograd import Function
 
 WIDTH_BYTES = 16
 """Rows of operands must be whole multiples of this for the grouped kernel."""
@@ -30,6 +33,37 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | Non
     return y if bias is None else grouped_add(y, bias, counts)
 
 
+def grouped_linears(
+    x: Tensor, weights: Sequence[Tensor], counts: Tensor, biases: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """grouped_linear of the same x by each of `weights`, with the bias in the same place of `biases`."""
+    if len(weights) == 1 or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return [grouped_linear(x, weight, counts, bias) for weight, bias in zip(weights, biases, strict=True)]
+    found = _Several.apply(x, counts, *weights)
+    return [y if bias is None else grouped_add(y, bias, counts) for y, bias in zip(found, biases, strict=True)]
+
+
+class _Several(Function):
+    """Products whose parts of the gradient of x are added where they are made, not in passes over [n, d] of their own:
+    46 against 59 ms of a GLU in bfloat16, 12288 rows of 1024 by two weights to 256, on one thread (22 Nov. 2026)."""
+
+    @staticmethod
+    def forward(ctx, x, counts, *weights):
+        ctx.save_for_backward(x, counts, *weights)
+        return tuple(grouped_mm(x, weight, counts) for weight in weights)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x, counts, *weights = ctx.saved_tensors
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = grouped_mm(grads[0], weights[0].transpose(1, 2), counts)
+            for grad, weight in zip(grads[1:], weights[1:], strict=True):
+                grouped_mm_onto(grad, weight.transpose(1, 2), counts, dx)
+        needed = zip(grads, ctx.needs_input_grad[2:], strict=True)
+        return dx, None, *(grouped_outer(x, grad, counts) if wanted else None for grad, wanted in needed)
+
+
 def _has_kernel(x: Tensor, weight: Tensor) -> bool:
     """No kernel for other types than bfloat16, nor for rows that do not fill whole vectors."""
     if x.device.type == "cpu" or x.dtype != torch.bfloat16 or x.shape[0] == 0:
@@ -45,6 +79,14 @@ def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     for rows, each, out in zip(x.split(pieces), weight.unbind(0), y.split(pieces), strict=True):
         torch.mm(rows, each, out=out)
     return y
+
+
+@torch.library.custom_op("shardforge::grouped_mm_onto", mutates_args=("y",))
+def grouped_mm_onto(x: Tensor, weight: Tensor, counts: Tensor, y: Tensor) -> None:
+    """Adds grouped_mm(x, weight, counts) to y [n, f], without a gradient."""
+    pieces = listed(counts, x.shape[0])
+    for rows, each, out in zip(x.split(pieces), weight.unbind(0), y.split(pieces), strict=True):
+        out.addmm_(rows, each)
 
 
 @torch.library.custom_op("shardforge::grouped_outer", mutates_args=())
@@ -72,6 +114,11 @@ def grouped_sum(y: Tensor, counts: Tensor) -> Tensor:
 @grouped_mm.register_fake
 def _(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[2])
+
+
+@grouped_mm_onto.register_fake
+def _(x: Tensor, weight: Tensor, counts: Tensor, y: Tensor) -> None:
+    return None
 
 
 @grouped_outer.register_fake

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -58,11 +59,39 @@ def test_a_dry_run_prints_bytes_of_each_stage(capsys: pytest.CaptureFixture[str]
     assert [line.split()[0] for line in lines if line[:1].isdigit()] == ["0", "2"]
 
 
+def test_weights_flop_and_cache_are_printed(capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", "x.yaml", "--params"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    numbers = {line[0]: line[1] for line in lines if len(line) > 1}
+    kept = ("total", "active_nonembedding", "kv_bytes_per_token")
+    assert [numbers[name] for name in kept] == ["9,872", "8,848", "256"]
+    assert lines[0] == ["tiny,", "sequences", "of", "16", "tokens"]
+
+
+def test_the_same_numbers_come_as_json_of_a_shipped_model_by_name(capsys: pytest.CaptureFixture[str]):
+    assert (
+        main(["plan", "llama3-8b", "--params", "--json", "--seq-len", "8192", "--set", "model.stack=[dense x 2]"]) == 0
+    )
+    found = json.loads(capsys.readouterr().out)
+    assert found["total"] == found["active"] == 2 * 218_112_000 + 2 * 525_336_576 + 4096
+    assert found["active_nonembedding"] == 2 * 218_112_000 + 4096
+    assert (found["kv_bytes_per_token"], found["kv_type"], found["seq_len"]) == (8192, "bf16", 8192)
+    linear, pairs = 2 * 218_103_808 + 525_336_576, 8193 / 2 * 4 * 2 * 4096
+    assert found["flops_per_token"] == 3 * (2 * linear + pairs)
+    assert found["blocks"][0]["name"] == "dense" and found["blocks"][0]["layers"] == 2
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         ([], "nothing to plan"),
         (["--ranks", "--dry-run"], "one thing at a time"),
+        (["--params", "--dry-run"], "one thing at a time"),
+        (["--params", "--seq-len", "0"], "'0' is no whole number from 1 on"),
+        (["--params", "--set", "model.hidden=none"], "model.hidden: expected int, got str 'none'"),
+        (["--params", "--set", "model.stack=[(one two) x 2]"], "model.stack: no block is called 'two'"),
+        (["--ranks", "--json"], "--json changes nothing here"),
+        (["--ranks", "--seq-len", "8"], "--seq-len changes nothing here"),
         (["--schedule", "1f2b"], "did you mean '1f1b'?"),
         (["--schedule", "--pp", "0"], "'0' is no whole number from 1 on"),
         (["--schedule", "1f1b", "--micro-batches", "x"], "'x' is no whole number from 1 on"),

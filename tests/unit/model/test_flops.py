@@ -46,7 +46,7 @@ def grouped(x: torch.Size, y: torch.Size, *_: Any, out_shape: Any = None, **__: 
     return 2 * x[0] * x[1] * y[-1]
 
 
-OURS = {torch.ops.shardforge.grouped_mm: grouped, torch.ops.shardforge.grouped_outer: grouped}
+OURS = {getattr(torch.ops.shardforge, name): grouped for name in ("grouped_mm", "grouped_mm_onto", "grouped_outer")}
 """Operations of nn.grouped, which torch does not know how to count."""
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from shardforge.nn import grouped
-from shardforge.nn.grouped import grouped_linear, listed
+from shardforge.nn.grouped import grouped_linear, grouped_linears, listed
 
 COUNTS = {"uneven": [5, 0, 12, 3], "first-only": [7, 0, 0, 0], "last-only": [0, 0, 0, 7], "no-rows": [0, 0, 0, 0]}
 WIDTHS = {"whole-vectors": (16, 24), "odd": (5, 7)}
@@ -85,12 +85,41 @@ def test_each_row_gets_the_bias_of_its_group(counts):
     torch.testing.assert_close(bias.grad, torch.stack([rows.sum(0) for rows in grad.split(counts)]))
 
 
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+@pytest.mark.parametrize("biased", [False, True])
+def test_products_of_the_same_rows_are_those_of_each_weight(counts, biased):
+    x, first = operands(counts, (5, 7), torch.float64)
+    weights = [first, torch.randn_like(first).requires_grad_(), torch.randn_like(first).requires_grad_()]
+    biases = [torch.randn(len(counts), 7, dtype=torch.float64) if biased else None for _ in weights]
+    grads = [torch.randn(len(x), 7, dtype=torch.float64) for _ in weights]
+    number = torch.tensor(counts)
+    single = [grouped_linear(x, weight, number, bias) for weight, bias in zip(weights, biases, strict=True)]
+    joint = grouped_linears(x, weights, number, biases)
+    for left, right in zip(joint, single, strict=True):
+        assert torch.equal(left, right)
+    wanted = torch.autograd.grad(single, [x, *weights], grads)
+    for left, right in zip(torch.autograd.grad(joint, [x, *weights], grads), wanted, strict=True):
+        torch.testing.assert_close(left, right)
+
+
+@pytest.mark.parametrize("wanted", ["x", "second"])
+def test_products_of_the_same_rows_give_the_gradient_that_is_asked_for_alone(wanted):
+    x, first = operands([2, 0, 3], (5, 7), torch.float64)
+    second = torch.randn_like(first)
+    leaves = {"x": x.detach(), "second": second}
+    leaves[wanted].requires_grad_()
+    pair = grouped_linears(leaves["x"], [first.detach(), leaves["second"]], torch.tensor([2, 0, 3]), [None, None])
+    sum(y.sum() for y in pair).backward()
+    assert [name for name, leaf in leaves.items() if leaf.grad is not None] == [wanted]
+
+
 def test_operations_keep_the_rules_of_torch_for_compilers():
     counts = torch.tensor([2, 0, 3])
     x, weight = operands([2, 0, 3], (4, 6), torch.float64)
     bias = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     for operation, args in {
         grouped.grouped_mm: (x, weight, counts),
+        grouped.grouped_mm_onto: (x.detach(), weight.detach(), counts, torch.randn(5, 6, dtype=torch.float64)),
         grouped.grouped_outer: (x.detach(), torch.randn(5, 6, dtype=torch.float64), counts),
         grouped.grouped_add: (torch.randn(5, 6, dtype=torch.float64, requires_grad=True), bias, counts),
         grouped.grouped_sum: (torch.randn(5, 6, dtype=torch.float64), counts),
