@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from shardforge.checkpoint.state import collect, table
 from shardforge.checkpoint.store import Store
@@ -36,7 +37,8 @@ def begun(path: str, layout: Layout, **changes: Any) -> tuple[dict[str, Tensor],
     recipe = tiny(layout=layout, train=TRAIN | {"start": path, "micro_batch": 1}, **changes)
     made = engine(recipe)
     start.begin(open_source(Path(path)), recipe, made)
-    fresh = all(not whole(t).any() for name, t in made.state().items() if name.startswith("optim."))
+    states = [tensor for name, tensor in made.state().items() if name.startswith("optim.")]
+    fresh = all(not (t.to_local() if isinstance(t, DTensor) else t).any() for t in states)
     return {name: whole(weight) for name, weight in made.model.named_parameters()}, fresh
 
 
