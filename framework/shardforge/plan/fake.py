@@ -43,6 +43,16 @@ def world(ranks: int, rank: int) -> Iterator[FakeTensorMode]:
         gc.unfreeze()
         fused.CACHED, cross_entropy.CHUNK_BYTES["cpu"], local.TILE_BYTES["cpu"] = pieces, chunk, tile
         dist.destroy_process_group()
+        forget_meshes()
+
+
+def forget_meshes() -> None:
+    """Drop what torch keeps of operations on DTensors: it names groups of a world that is gone, and a later mesh of
+    the same ranks, also in a forked process, would be taken for one of that world."""
+    from torch.distributed.tensor import debug
+
+    for clear in ("_clear_sharding_prop_cache", "_clear_fast_path_sharding_prop_cache"):
+        getattr(debug, clear, lambda: None)()
 
 
 def give_storage(model: nn.Module, mode: FakeTensorMode) -> None:
