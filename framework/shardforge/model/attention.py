@@ -25,9 +25,16 @@ class AttentionCore(Module):
     computes softmax(scale * q k^T) v in the core's place, sinks included, so a kind that computes anything else must
     leave it out."""
 
+    trains = True
+    """Whether it is called in training, which makes nothing ready for one that is not."""
+
     def __init__(self, mask: Mask, scale: float, sinks: bool = False):
         super().__init__()
         self.mask, self.scale, self.sinks = mask, scale, sinks
+
+    def taking(self, width: int) -> AttentionCore:
+        """A core of the same function that takes heads of `width` channels: this one unless a kind has a limit."""
+        return self
 
     def prepare(self, seq: Sequence) -> None:
         """Make what the core reads from seq.tables; the dense mask unless a kind overrides this."""

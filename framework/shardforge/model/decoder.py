@@ -49,7 +49,7 @@ class Decoder(nn.Module):
         Without `seq.ahead` only the next token is scored.
         """
         for module in self.modules():
-            if prepare := getattr(module, "prepare", None):
+            if (prepare := getattr(module, "prepare", None)) and (getattr(module, "trains", True) or not seq.training):
                 prepare(seq)
         if self.embed is not None:
             x = self.dropout(self.embed(x, seq), seq)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shardforge.core.dims import Dim
 from shardforge.model.context import BuildContext
+from shardforge.model.groups import highest
 from shardforge.nn import counter
 from shardforge.nn.linear import Linear
 from shardforge.nn.module import Init, local
@@ -29,7 +30,12 @@ class Routing:
     weight: Tensor  # [b, s, k] factors on what they return
     shares: Tensor  # [b, s, e] affinities as shares of 1, for the balance loss
     logits: Tensor  # [b, s, e] of x alone, without any bias, for the z-loss
-    counted: Tensor | None = None  # [b, s, k] what the balance loss over sequences counts, where it is not `expert`
+    unbiased: Tensor | None = None  # [b, s, e] what would choose `expert` without a bias on the choice and groups
+
+    @property
+    def counted(self) -> Tensor:
+        """[b, s, k] what the balance loss over sequences counts (DeepSeek-V3, eq. 18), found where it is asked for."""
+        return self.expert if self.unbiased is None else highest(self.unbiased, self.expert.shape[-1])
 
 
 class Router(Protocol):

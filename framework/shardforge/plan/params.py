@@ -109,13 +109,14 @@ def _size(items: Iterable[Declared]) -> int:
 
 
 def _active(model: nn.Module, items: Iterable[Declared]) -> int:
-    """Of weights over experts, vectors included, what the chosen ones of a token hold; the others whole."""
+    """Of weights over experts, vectors included, what the chosen ones of a token hold; the others whole. Rounded, where
+    a token meets a share of an expert on average."""
     chosen = {module: module.chosen for module in tagged(model, "experts")}
-    out = 0
+    out = 0.0
     for item in items:
         share = chosen.get(item.module)
         out += item.count if share is None else item.count // item.dims[0].size * share
-    return out
+    return round(out)
 
 
 def _inside(items: Iterable[Declared], model: nn.Module, slot: str) -> list[Declared]:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from shardforge.core.dims import Dim
 from shardforge.core.errors import Problems, RecipeError
+from shardforge.model.build import build
 from shardforge.model.context import BuildContext
 from shardforge.model.mixers.mla import MLA
 from shardforge.nn.init import fill
@@ -115,6 +118,45 @@ def test_absorbed_evaluation_attends_over_one_head_of_latents(monkeypatch):
     monkeypatch.setattr(made.core, "forward", lambda *x: shapes.append([t.shape[2:] for t in x[:3]]) or plain(*x))
     run(made)
     assert shapes == [[(N, R + TURNING), (1, R + TURNING), (1, R)]]
+
+
+WIDE = {"kv_lora_rank": 252, "qk_rope_head_dim": 6, "evaluation": "absorbed"}
+
+
+@pytest.fixture
+def flash_attn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Stands for the package, which is not asked for more channels than it takes: those of each call."""
+    package, asked = ModuleType("flash_attn"), []
+    package.flash_attn_varlen_func = lambda q, k, v, *runs, **options: asked.append(q.shape[-1]) or v
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    return asked
+
+
+def test_absorbed_heads_that_flash_attn_cannot_take_are_computed_by_another_core(flash_attn):
+    made = mixer("flash", **WIDE)
+    torch.testing.assert_close(run(made), run(mixer(**WIDE)), rtol=1e-12, atol=1e-12)
+    assert flash_attn == []
+
+
+def test_heads_that_flash_attn_cannot_take_leave_training_to_it(flash_attn):
+    run(mixer("flash", **WIDE), sequence(key=torch.tensor(3)))
+    assert flash_attn == [D + 6]
+
+
+@pytest.mark.parametrize(("rank", "asked"), [(250, [256]), (251, [])])
+def test_flash_attn_takes_absorbed_heads_of_up_to_256_channels(flash_attn, rank, asked):
+    run(mixer("flash", **WIDE | {"kv_lora_rank": rank}))
+    assert flash_attn == asked
+
+
+@pytest.mark.parametrize(("step", "masks"), [(torch.tensor(3), 0), (None, 1)])
+def test_training_makes_no_mask_for_the_core_of_wide_heads(flash_attn, step, masks):
+    recipe = tiny(mixer=TINY | WIDE, model={"core": "flash"})
+    model = build(recipe.model, recipe.objective.build(), torch.float64).to_empty(device="cpu")
+    fill(model, 1)
+    seq = sequence(key=step)
+    model(torch.zeros(1, LENGTH, dtype=torch.int64), seq)
+    assert sum(isinstance(name, tuple) and name[0] == "added" for name in seq.tables) == masks
 
 
 def test_training_is_expanded_whatever_evaluation_is():

@@ -7,12 +7,15 @@ import torch
 from torch import Tensor
 
 from shardforge.core.phases import Phase, Phases
+from shardforge.model import routing
 from shardforge.model.build import build
 from shardforge.model.groups import highest
+from shardforge.model.routers import topk
 from shardforge.model.routers.topk import SelectionBias, TopK
 from shardforge.nn.init import fill
+from tests import tiny_experts
 from tests.tiny import tiny
-from tests.tiny_kinds import MOE
+from tests.tiny_kinds import EVEN, MOE
 from tests.tiny_routers import ALONE, LAYER, B, E, K, S, plain, router, sequence, sets, spread, tokens
 
 GROUPS = {"score": "sigmoid", "groups": 4, "group_topk": 2, "scale": 2.5}
@@ -81,9 +84,24 @@ def test_the_balance_loss_counts_the_largest_affinities_whatever_was_dispatched(
     assert not torch.equal(sets(routing.counted), sets(routing.expert))
 
 
+@pytest.mark.parametrize(
+    ("balance", "choices"),
+    [((), 1), ([{"scope": "batch", "weight": 0.1}], 1), ([*EVEN, {"scope": "batch", "weight": 0.1}], 2)],
+    ids=["no-loss", "batch", "sequence"],
+)
+def test_there_is_a_choice_without_the_bias_where_a_loss_over_sequences_counts_it(monkeypatch, balance, choices):
+    made = []
+    for module in (topk, routing):
+        monkeypatch.setattr(module, "highest", lambda *args: made.append(args) or highest(*args))
+    biased_router = {"kind": "topk", "selection_bias": {"rate": 0.01}}
+    tiny_experts.moe(router=biased_router, balance=balance)(tiny_experts.tokens(), tiny_experts.sequence(key=0))
+    assert len(made) == choices
+
+
 @pytest.mark.parametrize("options", [{}, {"groups": 4, "group_topk": 3}], ids=str)
 def test_without_a_bias_the_balance_loss_counts_what_was_chosen(options):
-    assert router(**options)(tokens(), sequence(), ALONE).counted is None
+    routing = router(**options)(tokens(), sequence(), ALONE)
+    assert routing.counted is routing.expert
 
 
 def test_the_bias_is_no_weight_and_is_saved():

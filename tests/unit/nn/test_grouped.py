@@ -6,7 +6,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from shardforge.nn import grouped
-from shardforge.nn.grouped import grouped_linear, grouped_linears, listed
+from shardforge.nn.grouped import grouped_linear, grouped_linears, listed, segment_sum
 
 COUNTS = {"uneven": [5, 0, 12, 3], "first-only": [7, 0, 0, 0], "last-only": [0, 0, 0, 7], "no-rows": [0, 0, 0, 0]}
 WIDTHS = {"whole-vectors": (16, 24), "odd": (5, 7)}
@@ -125,6 +125,28 @@ def test_operations_keep_the_rules_of_torch_for_compilers():
         grouped.grouped_sum: (torch.randn(5, 6, dtype=torch.float64), counts),
     }.items():
         torch.library.opcheck(operation, args)
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_sums_in_one_kernel_are_those_of_each_group(counts, dtype):
+    y = torch.randn(sum(counts), 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = torch.stack([rows.sum(0) for rows in y.split(counts)])
+    torch.testing.assert_close(segment_sum(y, torch.tensor(counts)), expected)
+
+
+def test_sums_in_one_kernel_keep_rows_that_are_small_beside_the_sum():
+    """In bfloat16 256 + 1 is 256."""
+    counts = [1000, 0, 24]
+    y = torch.ones(1024, 3, dtype=torch.bfloat16)
+    assert segment_sum(y, torch.tensor(counts))[:, 0].tolist() == counts
+
+
+def test_off_the_cpu_sums_do_not_wait_for_the_counts(monkeypatch):
+    """torch's own meta device has no numbers to wait for."""
+    y, counts = torch.empty(5, 7, device="meta"), torch.empty(3, dtype=torch.int64, device="meta")
+    monkeypatch.setattr(grouped, "listed", lambda *args: pytest.fail("counts were read"))
+    assert grouped.grouped_sum._init_fn(y, counts).shape == (3, 7)
 
 
 def test_gradients_are_contiguous():

@@ -37,6 +37,15 @@ def test_total_is_what_the_model_declares():
     assert params(recipe).total == sum(item.count for item in declared(build(recipe.model, recipe.objective.build())))
 
 
+@pytest.mark.parametrize("capacity", [2.0, 2.3])
+def test_experts_that_choose_meet_a_token_as_often_as_they_can_and_weights_are_counted_whole(capacity):
+    router = {"kind": "expert_choice", "capacity": capacity, "leak": "allowed"}
+    found = of(ffn=MOE | {"k": EXPERTS, "router": router})
+    assert found.total - found.active == round(LAYERS * (EXPERTS - capacity) * EXPERT)
+    numbers = (found.active, found.active_nonembedding, found.mtp_active, found.blocks[0].active)
+    assert all(isinstance(number, int) for number in numbers)
+
+
 def test_a_tied_table_counts_once():
     found, own = of(model={"head": "tied"}), of()
     assert (found.head, found.embedding) == (0, TABLE)

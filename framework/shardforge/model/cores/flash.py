@@ -9,6 +9,7 @@ Limits: CUDA, float16 or bfloat16, heads of at most 256 channels, causal or wind
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardforge.core.errors import EngineError, RecipeError
-from shardforge.core.optional import require
+from shardforge.core.log import logger
+from shardforge.core.optional import installed, require
 from shardforge.core.slots import cores
 from shardforge.model.attention import AttentionCore
 from shardforge.nn.sequence import Mask, Sequence
@@ -44,6 +46,13 @@ class Flash(AttentionCore):
         super().__init__(mask, scale)
         self.attend = attend
 
+    def taking(self, width: int) -> AttentionCore:
+        if width <= WIDEST:
+            return self
+        kind = "flex" if torch.cuda.is_available() and installed("triton") else "sdpa"
+        _tell(kind, width)
+        return cores[kind]().build(self.mask, self.scale)
+
     def prepare(self, seq: Sequence) -> None:
         seq.prepare("flash", lambda: runs(seq))
 
@@ -58,7 +67,7 @@ class Flash(AttentionCore):
             raise EngineError(
                 f"flash-attn takes heads of at most {WIDEST} channels, and these have {max(q.shape[-1], v.shape[-1])}",
                 "model.core",
-                "model.core: flex or sdpa; where the mixer is mla, evaluation: expanded keeps its heads narrow",
+                "model.core: flex or sdpa",
             )
         table: Runs = seq.tables["flash"]
         reach = -1 if self.mask.window is None else self.mask.window - 1  # the package counts keys before the query
@@ -79,6 +88,11 @@ class Flash(AttentionCore):
             window_size=(reach, 0),
         )
         return y[..., :width].unflatten(0, seq.documents.shape)
+
+
+@functools.cache
+def _tell(kind: str, width: int) -> None:
+    logger("model").info("attention core of heads of %d channels: %s (flash-attn takes %d)", width, kind, WIDEST)
 
 
 def equally_wide(*heads: Tensor) -> list[Tensor]:

@@ -144,6 +144,7 @@ class MoE(Module):
         self.shared_gate = Linear(ctx.hidden, Dim("shared_gate", 1), ctx.into(ctx.hidden)) if gated else None
         self.dispatch: Dispatch = Local(cfg.experts, cfg.capacity is None and self.router.dropless)
         self.split = TokenSplit()
+        self.spans = tuple(each for each in cfg.balance if each.scope != "sequence")
         self.counts_now = any(each.counts_now for each in cfg.balance)
         for each in cfg.balance:
             if each.counts == "previous":
@@ -184,7 +185,8 @@ class MoE(Module):
         load = count(routing.expert.where(real[..., None], NOWHERE).flatten(1), self.choices)  # [b, e], before any drop
         losses: dict[str, Tensor] = {}
         if self.balance:
-            losses["balance"] = self.imbalance(routing, real, load, seq)
+            used = self.used(load, seq) if self.spans else {}
+            losses["balance"] = self.imbalance(routing, real, used, seq)
         if self.z_loss:
             squares = routing.logits.logsumexp(-1).square() * real
             losses["router_z"] = self.z_loss / max(1, seq.shares.tokens) * squares.sum()
@@ -201,24 +203,26 @@ class MoE(Module):
         for name, value in values.items():
             seq.record(name, self.layer, value)
 
-    def imbalance(self, routing: Routing, real: Tensor, load: Tensor, seq: Sequence) -> Tensor:
-        """This rank's part of all balance losses, with their weights, 0-d."""
+    def imbalance(self, routing: Routing, real: Tensor, used: Mapping[str, Tensor], seq: Sequence) -> Tensor:
+        """This rank's part of all balance losses, with their weights, 0-d. `used` has f of those over batches."""
         shares, total = (routing.shares * real[..., None]).sum(1), routing.shares.new_zeros(())  # [b, e]
         for each in self.balance:
             if each.scope == "sequence":
-                chosen = routing.expert if routing.counted is None else routing.counted
-                counts = count(chosen.where(real[..., None], NOWHERE).flatten(1), self.choices)
+                counts = count(routing.counted.where(real[..., None], NOWHERE).flatten(1), self.choices)
                 counts = self.split.total(torch.cat([counts, real.sum(1, keepdim=True)], 1))  # over whole sequences
                 part = pooled(counts[:, :-1], counts[:, -1], shares, each.sequences, seq.shares.sequences)
             else:
-                f = self.used(each, load, seq).to(shares.dtype)
+                f = used[each.scope].to(shares.dtype)
                 part = self.choices * (f * shares.sum(0)).sum() / max(1, seq.shares.tokens)
                 part = part / len(self.peers) if each.scope == "layers" else part
             total = total + each.weight * part
         return total
 
-    def used(self, loss: Balance, load: Tensor, seq: Sequence) -> Tensor:
-        """Share of each expert [e] in what was chosen in the scope of a loss: batch or layers."""
+    def used(self, load: Tensor, seq: Sequence) -> dict[str, Tensor]:
+        """By scope of a loss, batch or layers: the share of each expert [e] in what was chosen there."""
+        return {loss.scope: self.spread_over(loss, load, seq) for loss in self.spans}
+
+    def spread_over(self, loss: Balance, load: Tensor, seq: Sequence) -> Tensor:
         if loss.counts == "previous":
             return spread_evenly(getattr(self, _last(loss)))
         if seq.loads is None:  # nothing is known but this micro-batch

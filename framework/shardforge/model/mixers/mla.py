@@ -10,7 +10,8 @@ Cost: h r_q + r_q n (d + d_r) + h (r_kv + d_r) + r_kv n (d + d_v) + n d_v h weig
     keys and values n (d + d_r + d_v) / (2 r_kv + d_r) times smaller in memory and between ranks of cp.
 Limits: no biases. Every rank of tp computes the latents of the whole sequence, and between ranks of cp keys and values
     of all heads travel in the expanded form. Published weights turn the channels 2i with 2i + 1: they need
-    position: {layout: interleaved}. Absorbed heads of r_kv + d_r channels are wider than what flash-attn takes.
+    position: {layout: interleaved}. Absorbed heads of r_kv + d_r channels may be wider than the 256 that flash-attn
+    takes; flex computes them then, or sdpa without triton, while training stays with flash-attn.
 """
 
 from __future__ import annotations
@@ -78,6 +79,8 @@ class MLA(Module):
         self.out = Linear(v, h, ctx.out_of(v))
         self.enters = ("q" if self.q_down is None else "q_down", "kv_down")
         self.absorbs = cfg.evaluation == "absorbed"
+        self.latent_core = self.core.taking(self.latent + self.turning) if self.absorbs else self.core
+        self.latent_core.trains = self.latent_core is self.core
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:  # [b, s, h] -> [b, s, h]
         q = self.q(x if self.q_down is None else self.q_norm(self.q_down(x)))
@@ -99,7 +102,7 @@ class MLA(Module):
         into_q, out_of_c = up.split([self.plain, self.value], 1)  # W_UK [n, d, r], W_UV [n, d_v, r]
         q = torch.cat([torch.einsum("bsnd,ndr->bsnr", q, into_q), q_r], -1)
         c = c[:, :, None]
-        mixed = self.core(q, torch.cat([c, k_r], -1), c, seq)  # [b, s, n, r]
+        mixed = self.latent_core(q, torch.cat([c, k_r], -1), c, seq)  # [b, s, n, r]
         return torch.einsum("bsnr,ner->bsne", mixed, out_of_c)
 
     def core_flops(self, pairs: float) -> float:

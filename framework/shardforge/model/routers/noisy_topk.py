@@ -102,8 +102,11 @@ class NoisyTopK(Logits):
         whole = split.total(own.detach())
         value = factor * unevenness(whole)  # [pools]
         here = own.detach().sum(-1) / whole.sum(-1).clamp(min=FLOOR)
-        seq.record(f"router_{name}", self.layer, (value * here).sum())
+        self.note(f"router_{name}", (value * here).sum(), seq)
         return charge(weight, (factor[:, None] * slope(whole) * own).sum())
+
+    def note(self, name: str, value: Tensor, seq: Sequence) -> None:
+        seq.record(name, self.layer, value)
 
 
 def probabilities(logits: Tensor, spread: Tensor, largest: Tensor, expert: Tensor) -> Tensor:

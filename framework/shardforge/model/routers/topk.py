@@ -9,7 +9,7 @@ Changes: a = score(x W^T + bias); c = a + selection_bias; outside the group_topk
     c and a are the logits, and weights the softmax over the chosen ones. After each step selection_bias moves by rate
     towards experts with less than the mean load of the whole batch. Of equal c the lower expert wins.
 Cost: hidden * experts weights, and experts with a bias. The choice takes as long as torch.topk, with a selection bias
-    twice; jitter draws a number for each channel of each token.
+    and a balance loss of scope sequence twice; jitter draws a number for each channel of each token.
 Limits: with k = 1 renormalized makes every weight 1, and the router learns from the balance and z losses alone. Groups
     bound the nodes that a token reaches only where ep puts whole groups on each node. The selection bias has no
     gradient and no decay; it moves after updates alone, and rate: 0.0 holds it.
@@ -148,24 +148,24 @@ class TopK(Logits):
         moved = logits + local(self.bias).to(logits.dtype) if cfg.bias else logits
         affinity = SCORES[cfg.score](moved)
         compared = moved if cfg.order == "topk_first" else affinity
-        expert, counted = self.chosen(compared.detach())
+        scores = compared.detach()
+        expert = self.chosen(scores)
         weight = compared.gather(-1, expert)
         if cfg.order == "topk_first":
             weight = weight.softmax(-1)
         elif cfg.weights == "renormalized":
             weight = weight / (weight.sum(-1, keepdim=True) + TINY)
         shares = affinity if cfg.score == "softmax" else affinity / (affinity.sum(-1, keepdim=True) + TINY)
-        return Routing(expert, weight * cfg.scale, shares, logits, counted)
+        return Routing(expert, weight * cfg.scale, shares, logits, None if cfg.selection_bias is None else scores)
 
-    def chosen(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
-        """scores [b, s, e] -> the experts [b, s, k], and those without bias and groups where there is a bias
-        (DeepSeek-V3, eq. 18)."""
+    def chosen(self, scores: Tensor) -> Tensor:
+        """scores [b, s, e] -> the experts [b, s, k]."""
         cfg, choice = self.cfg, scores
         if cfg.selection_bias is not None:
             choice = scores + self.selection_bias
         if cfg.groups is not None:
             choice = limited(choice, cfg.groups, cfg.group_topk, cfg.group_score, self.k // cfg.group_topk)
-        return highest(choice, self.k), None if cfg.selection_bias is None else highest(scores, self.k)
+        return highest(choice, self.k)
 
     def jittered(self, x: Tensor, seq: Sequence, split: TokenSplit) -> Tensor:
         """x in float32 at least, in training times its random numbers: on any layout the same for a token."""
