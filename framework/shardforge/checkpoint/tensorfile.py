@@ -91,7 +91,7 @@ def write_tensors(path: Path, parts: Sequence[Part]) -> Written:
                 _drain(file)
                 waiting = 0
             hashed.result()
-        _drain(file)
+        _settle(file)
     return Written(path.name, 8 + len(text) + start, digest.hexdigest())
 
 

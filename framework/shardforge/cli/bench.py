@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     moe.add_argument("--threads", type=int, help="torch threads (default: all cores)")
     moe.add_argument("--peers", action="store_true", help="also torchtitan, where it is installed")
     upcycle = parts.add_parser("upcycle", help="upcycling a dense model with all cores, beside a copy of the result")
-    upcycle.add_argument("--layers", type=int, default=4, help="layers of the dense model (default: 4)")
+    upcycle.add_argument("--layers", type=int, help="layers of the dense model (default: 4.5 GB of experts)")
     upcycle.add_argument("--hidden", type=int, default=2048, help="hidden size, a multiple of 128 (default: 2048)")
     upcycle.add_argument("--inner", type=int, default=5632, help="neurons of its ffn (default: 5632)")
     upcycle.add_argument("--experts", type=int, default=8, help="experts of a layer (default: 8)")
@@ -96,7 +97,8 @@ def _upcycle(args: argparse.Namespace) -> None:
 
     given = read_options(flags={"experts": args.experts, "k": 1, "method": {"kind": "drop", "ratio": args.ratio}})
     for dtype in args.dtypes:
-        size = upcycle.Size(args.layers, args.hidden, args.inner, args.experts, dtype)
+        size = upcycle.Size.usual(args.hidden, args.inner, args.experts, dtype)
+        size = dataclasses.replace(size, layers=args.layers or size.layers)
         ratio = upcycle.run(lambda source, output: made(source, output, given), size, args.pairs, args.folder, print)
         print(f"{dtype}: {ratio:.2f} of the speed of cp in the median pair")
 

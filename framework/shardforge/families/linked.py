@@ -41,6 +41,7 @@ class LinkedSource:
     """
 
     moments: tuple[str, ...] = ()
+    counts: tuple[str, ...] = ()
 
     def __init__(
         self,

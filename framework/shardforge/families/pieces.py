@@ -18,14 +18,15 @@ Span = tuple[int, int, int]
 
 
 @torch.no_grad()
-def fill(source: Source, name: str, target: Tensor) -> None:
-    """Put this rank's part of a weight into `target`, converted to its type; nobody is asked to take part.
+def fill(source: Source, name: str, target: Tensor, kind: str = "") -> None:
+    """Put this rank's part of a weight into `target`, converted to its type; nobody is asked to take part. With `kind`
+    it is a part of what the optimizer keeps for the weight.
 
     Of a ShardForge checkpoint, and of a weight that stands alone in a file, no more than that part is read.
     """
     mine = target._local_tensor if isinstance(target, DTensor) else target
     spans = [list(runs(index)) for index in held(target)]
-    for offsets, numbers in boxes(source, name):
+    for offsets, numbers in boxes(source, name, kind):
         for box in product(*spans):
             cut = [overlap(*each) for each in zip(box, offsets, numbers.shape, strict=True)]
             if all(length for *_, length in cut):
@@ -34,12 +35,12 @@ def fill(source: Source, name: str, target: Tensor) -> None:
                 mine[here] = numbers[there].to(mine)
 
 
-def boxes(source: Source, name: str) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """The pieces in which a weight lies: where each begins, and its numbers."""
+def boxes(source: Source, name: str, kind: str = "") -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """The pieces in which a weight lies, or what the optimizer keeps for it: where each begins, and its numbers."""
     if isinstance(source, RunSource):
-        yield from source.boxes(name)
+        yield from source.boxes(name, kind)
     else:
-        whole = source.read(name)
+        whole = source.read_moment(kind, name) if kind else source.read(name)
         yield (0,) * whole.dim(), whole
 
 

@@ -45,7 +45,7 @@ class RunSource:
         self.step = int(manifest["step"])
         self.model: dict[str, Any] = plain(load(recipe_of(folder)).recipe.model)
         self.names = {name: _info(entry) for name, entry in self._part(MODEL)}
-        self.moments = _moments(self.names, dict(self._part(OPTIM)))
+        self.moments, self.counts = _kept(self.names, dict(self._part(OPTIM)))
 
     def read(self, name: str) -> Tensor:
         return self._read(MODEL + name)
@@ -58,12 +58,13 @@ class RunSource:
             if name.startswith(prefix):
                 yield name.removeprefix(prefix), entry
 
-    def boxes(self, name: str) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-        """The pieces that a weight was saved in: where each begins, and its numbers, which no one may change.
+    def boxes(self, name: str, kind: str = "") -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        """The pieces that a weight was saved in: where each begins, and its numbers, which no one may change. With
+        `kind` those of what the optimizer keeps for it.
 
         A piece is mapped from its file while the iteration is there; only what is read of it costs anything.
         """
-        yield from self._boxes(self._entries[MODEL + name])
+        yield from self._boxes(self._entries[f"{OPTIM}{name}.{kind}" if kind else MODEL + name])
 
     def _boxes(self, entry: Entry) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         for chunk in entry.chunks:
@@ -95,15 +96,15 @@ def _info(entry: Entry) -> Info:
     return Info(entry.shape, entry.dtype)
 
 
-def _moments(names: dict[str, Info], optim: dict[str, Entry]) -> tuple[str, ...]:
-    """Kinds of tensors that the optimizer keeps, as large as the weight, for every weight that it updates."""
+def _kept(names: dict[str, Info], optim: dict[str, Entry]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Kinds of what the optimizer keeps for every weight that it updates: as large as the weight, and one number."""
     kinds: dict[str, dict[str, tuple[int, ...]]] = {}
     for full, entry in optim.items():
         name, _, kind = full.rpartition(".")
         kinds.setdefault(kind, {})[name] = entry.shape
     updated = {name for of_kind in kinds.values() for name in of_kind if name in names}
 
-    def everywhere(of_kind: dict[str, tuple[int, ...]]) -> bool:
-        return of_kind.keys() == updated and all(names[name].shape == of_kind[name] for name in updated)
-
-    return tuple(sorted(kind for kind, of_kind in kinds.items() if everywhere(of_kind)))
+    whole = {kind: of_kind for kind, of_kind in kinds.items() if of_kind.keys() == updated}
+    moments = {kind for kind, of_kind in whole.items() if all(names[name].shape == of_kind[name] for name in updated)}
+    counts = {kind for kind in whole.keys() - moments if set(whole[kind].values()) == {()}}
+    return tuple(sorted(moments)), tuple(sorted(counts))

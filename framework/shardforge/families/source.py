@@ -28,11 +28,13 @@ class Source(Protocol):
     model: dict[str, Any]  # the `model` section of a recipe, every field of it, as plain data
     names: Mapping[str, Info]  # "blocks.3.ffn.gate.weight", in the order of the model
     moments: tuple[str, ...]  # the optimizer's tensors that every weight has, ("exp_avg", "exp_avg_sq"); () for none
+    counts: tuple[str, ...]  # single numbers that it keeps for every weight, ("step",)
 
     def read(self, name: str) -> Tensor:
         """The whole weight on the CPU, in the type of `names`. CheckpointError when the file cannot give it."""
         ...
 
     def read_moment(self, kind: str, name: str) -> Tensor:
-        """What the optimizer keeps for a weight, of the weight's shape; `kind` is one of `moments`."""
+        """What the optimizer keeps for a weight: of the weight's shape for a kind of `moments`, of shape [] for one of
+        `counts`."""
         ...

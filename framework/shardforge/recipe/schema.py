@@ -88,8 +88,11 @@ class TrainConfig:
     batch_warmup: BatchWarmupConfig | None = option(None, "smaller batches at the start")
     start: str | None = option(
         None,
-        "weights that step 0 begins with: a Hugging Face or Megatron folder, a ShardForge run or one of its steps; the "
-        "optimizer begins fresh, and a run that has a checkpoint of its own goes on from that",
+        "weights that step 0 begins with: a Hugging Face or Megatron folder, a ShardForge run or one of its steps; a "
+        "run that has a checkpoint of its own goes on from that",
+    )
+    start_moments: Literal["dropped", "carried"] = option(
+        "dropped", "what the optimizer kept in train.start: the optimizer begins fresh, or with it and its step counts"
     )
     timeout: int = option(
         600, "time without progress after which a run of several ranks ends and says why", unit="seconds", at_least=1

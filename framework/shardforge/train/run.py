@@ -8,11 +8,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
 
+from shardforge.checkpoint import folders
 from shardforge.checkpoint.store import Store
 from shardforge.checkpoint.tensorfile import write_whole
 from shardforge.core import units
@@ -37,7 +38,7 @@ from shardforge.train.world import World
 log = logger("train")
 
 KEPT = ("seed", "model", "objective", "data.packing", "data.documents", "data.shuffled", "data.sources")
-KEPT += ("train.sequences", "train.seq_len", "train.batch_warmup", "train.start")
+KEPT += ("train.sequences", "train.seq_len", "train.batch_warmup", "train.start", "train.start_moments")
 """Fields that a run directory keeps for life, with all below them: they decide weights and data order."""
 FREE = ("model.core", "model.blocks.*.mixer.position.scaling", "model.blocks.*.mixer.evaluation")
 """Fields among them that decide neither, `*` for any name: how attention is computed, and the scaling of positions,
@@ -126,7 +127,10 @@ def open_data(recipe: Recipe, world: World) -> Loader:
 
 
 def check_same_run(run_dir: RunDir, recipe: Recipe) -> None:
-    """Refuse to go on with another run's directory; say which differences matter."""
+    """Refuse to go on with another run's directory, or with what is none; say which differences matter."""
+    if (steps := folders.committed(run_dir.checkpoints)) and "data" not in _extra(run_dir, steps[-1]):
+        what = "this folder holds weights to start from, as `shardforge upcycle` leaves them, and no run to go on with"
+        raise RecipeError(what, run_dir.path, "train.start names it; give the run its own place: --set run_dir=...")
     if not run_dir.recipe.exists():
         return
     before = load(run_dir.recipe).recipe
@@ -143,6 +147,10 @@ def check_same_run(run_dir: RunDir, recipe: Recipe) -> None:
         raise Problems(problems, f"going on with the run in {run_dir.path}")
     for field, old, new in changes:
         log.info("going on with %s: %r -> %r", field, old, new)
+
+
+def _extra(run_dir: RunDir, step: int) -> dict[str, Any]:
+    return folders.read_manifest(run_dir.checkpoints / folders.name(step))["extra"]
 
 
 def kept(field: str) -> bool:

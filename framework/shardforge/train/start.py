@@ -29,7 +29,9 @@ from shardforge.recipe.tree import Origin, wrap
 log = logger("train")
 
 FIELD = "train.start"
-PREFIX = "model."
+MOMENTS = f"{FIELD}_moments"
+PREFIX, STATE = "model.", "optim."
+DROPPED = f"{MOMENTS}: dropped begins with a fresh optimizer"
 ELSEWHERE = {"core", "init", "dropout", "balance", "z_loss", "evaluation"}
 """Fields of a model that do not change what it computes in evaluation."""
 
@@ -39,6 +41,9 @@ def find(recipe: Recipe, run_dir: RunDir) -> Source | None:
 
     RecipeError or Problems, before anything is built, when the weights are not all of this model, with both shapes.
     """
+    carried = recipe.train.start_moments == "carried"
+    if recipe.train.start is None and carried:
+        raise RecipeError(f"{MOMENTS}: there is nothing to carry", fix="name a ShardForge run in train.start")
     if recipe.train.start is None or folders.committed(run_dir.checkpoints):
         return None
     try:
@@ -49,6 +54,8 @@ def find(recipe: Recipe, run_dir: RunDir) -> Source | None:
     if problems:
         fix = "train the model that these weights are of, or leave train.start empty"
         raise Problems([*problems, RecipeError("these are not the weights of this model", source.path, fix)], FIELD)
+    if carried and not source.moments:
+        raise RecipeError(f"{MOMENTS}: there is no optimizer state, only weights", source.path, DROPPED)
     return source
 
 
@@ -71,18 +78,36 @@ def unlike(source: Source, table: Mapping[str, Mapping[str, Any]]) -> list[Forge
 
 
 def begin(source: Source, recipe: Recipe, engine: Engine) -> None:
-    """Fill the weights of an engine, on each rank the part that it has; the optimizer stays as it was built."""
+    """Fill the weights of an engine, on each rank the part that it has, and what its optimizer keeps if it is carried.
+
+    CheckpointError, before anything is filled, for a source whose optimizer kept something else.
+    """
+    carried = recipe.train.start_moments == "carried"
 
     def read(tensors: dict[str, Tensor]) -> None:
+        if carried:
+            _same_states(source, tensors)
         for name, target in tensors.items():
             weight = name.removeprefix(PREFIX)
             if weight != name and weight in source.names:
                 fill(source, weight, target)
+            elif carried and name.startswith(STATE):
+                weight, _, kind = name.removeprefix(STATE).rpartition(".")
+                fill(source, weight, target, kind)
 
     for line in meanings(source.model, recipe.model) if rank() == 0 else ():
         log.warning("%s: %s", FIELD, line)
     engine.load(read)
-    log.info("step 0 begins with the weights in %s", source.path)
+    log.info("step 0 begins with the weights%s in %s", " and the optimizer's moments" if carried else "", source.path)
+
+
+def _same_states(source: Source, tensors: Mapping[str, Tensor]) -> None:
+    here = {name.rpartition(".")[2] for name in tensors if name.startswith(STATE)}
+    there = {*source.moments, *source.counts}
+    if here != there:
+        kept, wanted = (", ".join(sorted(kinds)) for kinds in (there, here))
+        what = f"{MOMENTS}: the optimizer kept {kept} there, this one keeps {wanted}"
+        raise CheckpointError(what, source.path, f"{DROPPED}; or train with the optimizer of the source")
 
 
 def identity(source: Source) -> dict[str, Any]:

@@ -46,6 +46,8 @@ class Maker:
         if layer is None or ".ffn." not in item.weight:
             return self._copied(item).to(dtype)
         rest = item.weight.partition(".ffn.")[2]
+        if item.kind in self.plan.counts:
+            return self._count(item, layer, rest).to(dtype)
         if is_expert(item.weight):
             return self._expert(item, layer)
         if rest == "router.weight" and not item.kind:
@@ -67,6 +69,15 @@ class Maker:
             return torch.zeros(item.sizes)  # the experts have it
         weight = self._read(f"blocks.{layer.number}.ffn.{name}", item.kind)
         return weight[:, : layer.shared] if name == "down.weight" else weight[: layer.shared]
+
+    def _count(self, item: Item, layer: Layer, rest: str) -> Tensor:
+        """Of the dense weight that a weight was made of; 0 for what is new, as are all of its moments."""
+        dense = f"blocks.{layer.number}.ffn"
+        if is_expert(item.weight):
+            matrix, _, bias = matrix_of(item.weight).partition("_")
+            return self._read(f"{dense}.{matrix}.{bias or 'weight'}", item.kind)
+        name = rest.removeprefix("shared.")
+        return torch.zeros(()) if name in (rest, "down.bias") else self._read(f"{dense}.{name}", item.kind)
 
     def _expert(self, item: Item, layer: Layer) -> Tensor:
         assert item.expert is not None

@@ -75,7 +75,8 @@ class Plan:
     options: Options
     target: Target
     types: dict[str, str]  # weight -> type in the result
-    moments: dict[str, str]  # kind -> type
+    moments: dict[str, str]  # kind of what the optimizer keeps -> type
+    counts: frozenset[str]  # those of them that are one number for a weight
     source_weights: frozenset[str]
 
     @property
@@ -93,9 +94,9 @@ class Plan:
             for name in self._names(job):
                 if kind and name in self.target.buffers:
                     continue
-                shape = tuple(self.target.table[name]["shape"])
+                shape = () if kind in self.counts else tuple(self.target.table[name]["shape"])
                 dtype = self.moments[kind] if kind else self.types[name]
-                experts: Sequence[int | None] = range(shape[0]) if is_expert(name) else (None,)
+                experts: Sequence[int | None] = range(shape[0]) if shape and is_expert(name) else (None,)
                 found += [Item(name, kind, expert, dtype, shape) for expert in experts]
         return found
 
@@ -147,11 +148,12 @@ def digest(found: dict[str, Any]) -> str:
 def plan(
     source: Source, opener: Opener, options: Options, target: Target, folder: Path, journal: Path, path: Path
 ) -> Plan:
-    kinds = source.moments if options.moments == "carry" else ()
+    kinds = (*source.moments, *source.counts) if options.moments == "carry" else ()
     smallest = min(source.names, key=lambda name: (prod(source.names[name].shape), name))
     moments = {kind: type_name(source.read_moment(kind, smallest).dtype) for kind in kinds}
     types = {name: _type(name, source, options, target) for name in target.table}
-    return Plan(path, opener, folder, journal, options, target, types, moments, frozenset(source.names))
+    counts = frozenset(kinds).intersection(source.counts)
+    return Plan(path, opener, folder, journal, options, target, types, moments, counts, frozenset(source.names))
 
 
 def is_expert(name: str) -> bool:

@@ -37,6 +37,7 @@ def recipe(output: Path, target: Target, options: Options, data: Sequence[str] =
         "precision: {master: fp32, compute: bf16, reduce: fp32}",
         "train:",
         f"  start: {inline(str(output))}",
+        *(["  start_moments: carried"] if options.moments == "carry" else []),
         "  steps: 119210  # of 1024 * 4096 tokens: 500 billion",
         "  sequences: 1024",
         f"  seq_len: {_length(target.model)}",

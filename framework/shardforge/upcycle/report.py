@@ -14,7 +14,7 @@ from shardforge.recipe.provenance import plain
 from shardforge.upcycle import page
 from shardforge.upcycle.options import Options
 from shardforge.upcycle.plan import Plan
-from shardforge.upcycle.target import Target, factors
+from shardforge.upcycle.target import Layer, Target, factors
 
 DATA, PAGE = "report.json", "report.html"
 VERDICTS = {
@@ -60,8 +60,17 @@ def read(output: Path) -> dict[str, Any]:
 
 def preservation(options: Options, target: Target) -> dict[str, Any]:
     """Whether the result computes what the source does before its first step: a key of VERDICTS, why, and what to
-    give for it. Of layers of different sizes the first is looked at."""
-    layer = target.layers[0]
+    give for it. The worst layer's verdict is that of all."""
+    layers = [_kept(options, layer) for layer in target.layers]
+    return {
+        "verdict": max((verdict for verdict, _, _ in layers), key=list(VERDICTS).index),
+        "reasons": list(dict.fromkeys(reason for _, reasons, _ in layers for reason in reasons)),
+        "fixes": list(dict.fromkeys(fix for _, _, fixes in layers for fix in fixes)),
+    }
+
+
+def _kept(options: Options, layer: Layer) -> tuple[str, list[str], list[str]]:
+    """Verdict, reasons and fixes of one layer."""
     reasons, fixes, verdict = [], [], "exact"
     if not options.method.unchanged:
         reasons.append(f"method {options.method.kind} changes the experts")
@@ -83,7 +92,7 @@ def preservation(options: Options, target: Target) -> dict[str, Any]:
         verdict = "even"
     if layer.factor != 1.0 and options.gate == "raw":
         reasons.append("the factor holds where router probabilities are even; --gate renormalized needs none for them")
-    return {"verdict": verdict, "reasons": reasons, "fixes": fixes}
+    return verdict, reasons, fixes
 
 
 def notes(options: Options) -> list[str]:
@@ -92,7 +101,10 @@ def notes(options: Options) -> list[str]:
     if options.k == 1 and options.gate != "raw":
         found.append("with k=1 these gates are always 1, and the router learns from the balance loss alone: --gate raw")
     if options.moments == "carry":
-        found.append("train.start reads weights alone; the moments lie in the checkpoint, under optim.")
+        found.append(
+            "the moments of neurons that were drawn anew are 0; train.start_moments in recipe.yaml: carried begins "
+            "with all of them, dropped with a fresh optimizer"
+        )
     return found
 
 

@@ -13,6 +13,7 @@ import torch
 from shardforge.checkpoint.state import table
 from shardforge.core.errors import ForgeError, Problems, RecipeError
 from shardforge.core.slots import objectives
+from shardforge.model.balance import from_transformers
 from shardforge.model.build import build as build_model
 from shardforge.recipe.build import build
 from shardforge.recipe.model import ModelConfig
@@ -173,7 +174,8 @@ def _ffn(dense: Any, options: Options) -> dict[str, Any]:
         same = {"activation": dense.activation, "bias": dense.bias}
         moe["shared"] = {"kind": dense.kind, "inner": options.shared, **same}
     if options.balance:
-        moe["balance"] = [{"scope": "layers", "weight": options.balance * options.k}]
+        loss = from_transformers(options.balance, options.k)
+        moe["balance"] = [{"scope": loss.scope, "weight": loss.weight}]
     return moe
 
 

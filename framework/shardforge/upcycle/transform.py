@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from shardforge.upcycle.method import Edit, Indices, Moments
@@ -52,13 +54,14 @@ def write(
     rows = out.shape[0]
     order = None if neurons is None else torch.from_numpy(neurons)
     whole = len(edit.places) == out.shape[dense.axis] and not edit.added
+    room = np.empty(0 if edit.std == 0.0 else min(out.numel(), max(BAND_NUMBERS, out.shape[1])), np.float32)
     for band in bands(rows, out.shape[1]):
         part = out[band]
         if not whole:
             _copy(part, dense, order, band, factor)
         if edit.places.size:
             inside = _inside(edit.places, band) if dense.axis == 0 else None
-            _change(part, places if inside is None else inside, edit, noise, factor, dense.axis)
+            _change(part, places if inside is None else inside, edit, noise, factor, dense.axis, room)
         if seen is not None:
             seen(band, part.float())
 
@@ -80,14 +83,23 @@ def _copy(part: Tensor, dense: Dense, order: Tensor | None, band: slice, factor:
     part.copy_(found if factor == 1.0 else found.float().mul_(factor))
 
 
-def _change(part: Tensor, places: Tensor, edit: Edit, noise: np.random.Generator, factor: float, axis: int) -> None:
+def _change(
+    part: Tensor,
+    places: Tensor,
+    edit: Edit,
+    noise: np.random.Generator,
+    factor: float,
+    axis: int,
+    room: NDArray[np.float32],
+) -> None:
+    """`room` is memory for as many numbers as `part` has."""
     if edit.std == 0.0:
         if not edit.added:
             part.index_fill_(axis, places, edit.mean * factor)
         return
     shape = list(part.shape)
     shape[axis] = len(places)
-    drawn = torch.from_numpy(noise.standard_normal(shape, dtype=np.float32))
+    drawn = torch.from_numpy(noise.standard_normal(out=room[: prod(shape)].reshape(shape), dtype=np.float32))
     drawn.mul_(edit.std).add_(edit.mean)
     if factor != 1.0:
         drawn.mul_(factor)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,16 @@ def test_the_hash_is_that_of_the_file(tmp_path, monkeypatch):
     written = write_tensors(tmp_path / "a", [part("x", torch.randn(1000))])
     content = (tmp_path / "a").read_bytes()
     assert (written.bytes, written.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+
+
+def test_a_long_file_is_drained_on_the_way(tmp_path, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(tensorfile, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(tensorfile, "BEHIND_BYTES", 1000)
+    monkeypatch.setattr(os, "posix_fadvise", lambda handle, *rest: sizes.append(os.fstat(handle).st_size))
+    written = write_tensors(tmp_path / "a", [part("x", torch.randn(1000))])
+    assert len(sizes) >= 3 and max(after - before for before, after in pairwise([0, *sizes, written.bytes])) <= 1100
+    assert written.sha256 == hashlib.sha256((tmp_path / "a").read_bytes()).hexdigest()
 
 
 def test_every_tensor_is_aligned_to_its_type(tmp_path):

@@ -4,8 +4,12 @@ import json
 
 import pytest
 
+from shardforge.recipe.load import from_mapping
+from shardforge.recipe.provenance import plain
 from shardforge.upcycle import page, report, run
 from shardforge.upcycle.options import read_options
+from shardforge.upcycle.target import target
+from tests.tiny import mapping
 from tests.unit.upcycle import dense
 
 
@@ -35,6 +39,18 @@ def test_weights_are_counted_as_a_token_meets_them(made):
     ffn = 3 * 128 * 512
     total, active = made.report["weights"]["total"], made.report["weights"]["active"]
     assert total - active == 4 * ffn
+
+
+@pytest.mark.parametrize(("stack", "verdict"), [(["small x 2"], "exact"), (["small", "large"], "no")], ids=str)
+def test_the_verdict_is_that_of_the_worst_layer(stack, verdict):
+    blocks = {"small": dense.block(), "large": dense.block(ffn=dense.FFN | {"inner": 32})}
+    used = {name: block for name, block in blocks.items() if any(name in item for item in stack)}
+    model = plain(from_mapping(mapping(model={"blocks": used, "stack": stack})).recipe.model)
+    given = read_options(flags={"method": "naive", "expert_ffn": 24})
+    found = report.preservation(given.options, target(model, given, "source"))
+    assert found["verdict"] == verdict
+    assert len(set(found["reasons"])) == len(found["reasons"])
+    assert ("an expert has 24 of 32 neurons" in found["reasons"]) == (verdict == "no")
 
 
 def test_the_files_hold_the_report(made):
