@@ -14,6 +14,7 @@ from shardforge.checkpoint.tensorfile import TYPES, Part
 from shardforge.families.source import Source
 from shardforge.upcycle.measure import Gauge
 from shardforge.upcycle.method import Draw, Edit
+from shardforge.upcycle.normals import Normals
 from shardforge.upcycle.plan import Item, Plan, is_expert, matrix_of
 from shardforge.upcycle.target import Layer
 from shardforge.upcycle.transform import Dense, write
@@ -93,12 +94,12 @@ class Maker:
         edit = self.plan.options.method.edit(draw, layer.shape, name, dense.moments, neurons)
         numbers = out[0] if out.dim() == 3 else out
         if item.kind:
-            write(numbers, dense, neurons, Edit(edit.redrawn), draw.generator("none"))
+            write(numbers, dense, neurons, Edit(edit.redrawn), Normals(draw.generator("none")))
             return out
         gauge = self._gauge(layer)
         biased = name.endswith("_bias")
         seen = None if biased else gauge.watch(name, item.expert)
-        write(numbers, dense, neurons, edit, draw.generator(f"noise/{name}"), layer.factor, seen)
+        write(numbers, dense, neurons, edit, Normals(draw.generator(f"noise/{name}")), layer.factor, seen)
         if biased:
             gauge.expert_biases[name.removesuffix("_bias"), item.expert] = numbers[0].float()
         else:

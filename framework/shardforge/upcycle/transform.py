@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shardforge.upcycle.method import Edit, Indices, Moments
+from shardforge.upcycle.normals import Normals
 
 BAND_NUMBERS = 1 << 18
 Seen = Callable[[slice, Tensor], None]
@@ -42,7 +43,7 @@ def write(
     dense: Dense,
     neurons: Indices | None,
     edit: Edit,
-    noise: np.random.Generator,
+    noise: Normals,
     factor: float = 1.0,
     seen: Seen | None = None,
 ) -> None:
@@ -87,7 +88,7 @@ def _change(
     part: Tensor,
     places: Tensor,
     edit: Edit,
-    noise: np.random.Generator,
+    noise: Normals,
     factor: float,
     axis: int,
     room: NDArray[np.float32],
@@ -99,7 +100,7 @@ def _change(
         return
     shape = list(part.shape)
     shape[axis] = len(places)
-    drawn = torch.from_numpy(noise.standard_normal(out=room[: prod(shape)].reshape(shape), dtype=np.float32))
+    drawn = torch.from_numpy(noise.fill(room[: prod(shape)].reshape(shape)))
     drawn.mul_(edit.std).add_(edit.mean)
     if factor != 1.0:
         drawn.mul_(factor)

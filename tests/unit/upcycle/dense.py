@@ -23,6 +23,7 @@ from shardforge.nn.init import fill
 from shardforge.recipe.load import from_mapping
 from shardforge.recipe.provenance import dump
 from shardforge.upcycle.method import Draw, Edit, Shape
+from shardforge.upcycle.normals import Normals
 from shardforge.upcycle.transform import Dense, write
 from tests.tiny import GQA, mapping
 
@@ -94,7 +95,7 @@ def expert(
         size = list(dense.numbers.shape)
         size[dense.axis] = shape.expert
         numbers = torch.empty(size)
-        write(numbers, dense, neurons, edits[name], draw.generator(f"noise/{name}"))
+        write(numbers, dense, neurons, edits[name], Normals(draw.generator(f"noise/{name}")))
         out[name] = numbers.t()
     return out, edits, np.arange(inner) if neurons is None else neurons
 

@@ -15,6 +15,7 @@ from shardforge.upcycle.methods.naive import Naive
 from shardforge.upcycle.methods.noise import Noise
 from shardforge.upcycle.methods.random import Random
 from shardforge.upcycle.methods.virtual_group import VirtualGroup
+from shardforge.upcycle.normals import Normals
 from tests.unit.upcycle.dense import STD, expert, forward, glu
 
 HIDDEN, INNER = 256, 1024
@@ -140,14 +141,14 @@ def test_script_mode_is_the_published_procedure_on_the_same_draws(ffn, number):
     for name, weight in expected.items():
         index = torch.from_numpy(np.sort(draw.generator(f"drop/{name}").permutation(INNER)[: int(INNER * 0.5)]))
         normal = torch.from_numpy
-        noise = draw.generator(f"noise/{name}")
+        noise = Normals(draw.generator(f"noise/{name}"))
         if name == "down":
             part = weight[:, index]
-            drawn = normal(noise.standard_normal((len(index), HIDDEN), dtype=np.float32)).t()
+            drawn = normal(noise.draw(len(index), HIDDEN)).t()
             weight[:, index] = drawn * part.std() + part.mean()
         else:
             part = weight[index]
-            drawn = normal(noise.standard_normal((HIDDEN, len(index)), dtype=np.float32)).t()
+            drawn = normal(noise.draw(HIDDEN, len(index))).t()
             weight[index] = drawn * part.std() + part.mean()
         torch.testing.assert_close(made[name], weight, rtol=1e-6, atol=1e-8)
 
