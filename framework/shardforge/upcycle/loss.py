@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
 from shardforge.core.errors import CheckpointError, DataError
 from shardforge.core.slots import objectives
+from shardforge.core.units import bytes_
 from shardforge.data import tokenizer as tokenizers
 from shardforge.families.open import open_source
 from shardforge.families.source import Source
@@ -59,6 +61,10 @@ def tokenized(text: Path, tokenizer: Path, vocab: int) -> Tensor:
 def loss(source: Source, tokens: Tensor) -> float:
     """Mean loss of a source's model in float32, nats a token, one sequence after another."""
     model = build(config(source.model, str(source.path)), objectives["next_token"]().build(), torch.float32)
+    size, room = 4 * sum(weight.numel() for weight in model.parameters()), psutil.virtual_memory().available
+    if size > room:
+        what = f"its weights in float32 take {bytes_(size)}, and {bytes_(room)} of memory are free"
+        raise DataError(what, source.path, "leave --text out; the weights themselves are written already")
     model.to_empty(device="cpu")
     _fill(dict(model.named_parameters()) | dict(model.named_buffers()), source.names, source.read)
     model.eval()

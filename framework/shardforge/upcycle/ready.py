@@ -16,6 +16,8 @@ from shardforge.upcycle.target import Target
 
 WIDE = 100
 SEQ_LEN = 4096
+RUN = "-train"
+"""Behind the name of the output: runs/NAME may be the output itself, which is no place for a run."""
 HEAD = """\
 # A mixture of experts that `shardforge upcycle` made of a dense model: upcycle.yaml has the options, report.html what
 # they did. Optimizer, schedule and sizes are the published ones of Drop-Upcycling (arXiv:2502.19261, released scripts);
@@ -28,7 +30,7 @@ def recipe(output: Path, target: Target, options: Options, data: Sequence[str] =
     named = [{"path": path} for path in data or ("CORPUS",)]
     remark = "" if data else "  # folder written by `shardforge data build`: put its path here"
     lines = [
-        f"name: {inline(output.resolve().name)}",
+        f"name: {inline(output.resolve().name + RUN)}",
         f"seed: {options.seed}",
         *_lines({"model": target.model}, ""),
         f"data: {{sources: {inline(named)}}}{remark}",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import psutil
 import pytest
 import torch
 
@@ -97,3 +100,9 @@ def test_a_text_becomes_rows_of_tokens(tmp_path):
     text.write_text("a")
     with pytest.raises(DataError, match="1 tokens"):
         tokenized(text, tmp_path / "tokenizer.json", 3)
+
+
+def test_a_model_that_memory_cannot_hold_is_refused_before_it_is_built(monkeypatch, source):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    with pytest.raises(DataError, match="of memory are free"):
+        loss(open_source(source), TOKENS)

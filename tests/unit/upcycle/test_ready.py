@@ -33,6 +33,11 @@ def test_it_has_the_published_start(tmp_path):
     assert loaded.train.start == "out put: 1"
 
 
+def test_its_run_is_not_in_the_folder_of_the_weights(tmp_path):
+    loaded, _, _ = written(tmp_path, model())
+    assert loaded.name == "out put: 1-train" and loaded.run_dir is None
+
+
 def test_sequences_fit_learned_positions(tmp_path):
     loaded, _, _ = written(tmp_path, model(model={"embedding": {"kind": "learned", "length": 64}}))
     assert loaded.train.seq_len == 64
