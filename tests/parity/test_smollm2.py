@@ -13,6 +13,9 @@ from shardforge.model.build import build
 from shardforge.nn.sequence import Sequence
 from shardforge.recipe.load import load
 from shardforge.recipe.provenance import differences
+from shardforge.upcycle import run
+from shardforge.upcycle.loss import loss, tokenized
+from shardforge.upcycle.options import read_options
 from tests.tiny import tiny
 from tools import smollm2
 
@@ -64,3 +67,25 @@ def test_digits_stand_alone_and_text_comes_back(folder):
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert tokenizer.encode("2048").tokens == ["2", "0", "4", "8"]
     assert tokenizer.decode(tokenizer.encode(TEXT).ids) == TEXT
+
+
+def upcycled(folder: Path, output: Path, **flags: object) -> run.Upcycled:
+    """To 8 experts in three of its layers."""
+    given = {"experts": 8, "k": 2, "layers": "0,14,29", **flags}
+    return run.upcycle(folder, output, read_options(flags=given), processes=1)
+
+
+def test_half_of_the_neurons_drawn_anew_leave_half_of_the_cosine(folder, tmp_path):
+    matrices = upcycled(folder, tmp_path / "out", method={"kind": "drop", "ratio": 0.5}).report["matrices"]
+    assert len(matrices) == 3
+    for each in matrices.values():
+        assert each["redrawn"] == 0.5
+        assert each["cosine_to_dense"] == pytest.approx(0.5, abs=0.03)  # 1 - r
+        assert each["cosine_between_experts"] == pytest.approx(0.25, abs=0.03)  # (1 - r)^2
+
+
+def test_copied_experts_have_the_dense_loss_at_step_0(folder, tmp_path):
+    made = upcycled(folder, tmp_path / "out", method="naive")
+    (tmp_path / "text").write_text(Path(pytest.__file__).read_text())
+    tokens = tokenized(tmp_path / "text", folder / "tokenizer.json", 49152)[:1, :129]
+    assert loss(open_source(made.step), tokens) == pytest.approx(loss(open_source(folder), tokens), rel=1e-6)
