@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -138,8 +139,9 @@ def _blocks(parts: Sequence[Part]) -> Iterator[Any]:
         tensor = part.read().detach()
         found = type_name(tensor.dtype), tuple(tensor.shape)
         assert found == (part.dtype, part.shape), f"{part.key}: planned {part.dtype}{part.shape}, found {found}"
-        numbers: Any = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        raw = memoryview(numbers)
+        tensor = tensor.cpu().contiguous()
+        # not tensor.numpy(), after which torch refuses to resize the storage for the rest of its life
+        raw = memoryview((ctypes.c_ubyte * part.bytes).from_address(tensor.data_ptr()))
         for start in range(0, len(raw), BLOCK_BYTES):
             yield raw[start : start + BLOCK_BYTES]
 

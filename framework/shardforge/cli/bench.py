@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-HELP = "measure the loader, a training step, a mixture of experts, upcycling, a layout or a pipeline on this machine"
+HELP = "measure loader, training step, mixture, upcycling, layout or pipeline on this machine"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

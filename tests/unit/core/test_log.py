@@ -13,7 +13,7 @@ def root(monkeypatch: pytest.MonkeyPatch) -> Iterator[logging.Logger]:
     """The shardforge logger before setup, put back as it was afterwards."""
     found = logging.getLogger("shardforge")
     before = found.handlers, found.level, found.propagate
-    found.handlers = []
+    found.handlers, found.propagate = [], True  # pytest gives handlers to a logger that keeps its records
     yield found
     found.handlers, found.level, found.propagate = before
 

@@ -23,7 +23,7 @@ REST: dict[str, Any] = {
     "train": {"steps": 10, "sequences": 8, "seq_len": 4096},
     "parallel": {},
 }
-MODELS = [path for path in sorted(shipped().rglob("*.yaml")) if "model:" in path.read_text()]
+MODELS = [path for path in sorted(shipped().rglob("*.yaml")) if "model:" in path.read_text() and path.parent.name != "sweeps"]
 
 
 def large(**changes: Any) -> Recipe:
@@ -41,7 +41,7 @@ def test_every_shipped_model_keeps_its_kinds_and_builds(path, tmp_path):
         yaml.safe_dump({"base": [str(path)], **REST} if path.parent.name == "models" else {"base": str(path)})
     )
     whole = load(recipe).recipe
-    small = shrink(whole, [Layout(tp=2), Layout(dp_shard=2)])
+    small = shrink(whole, [Layout(tp=3 if path.stem == "smollm2-135m" else 2), Layout(dp_shard=2)])  # it has 3 kv heads
     assert {type(config) for _, config in configs(small.model, "")} == {type(c) for _, c in configs(whole.model, "")}
     assert sum(item.count for item in declared(build(small.model, small.objective.build()))) < 1_000_000
 
