@@ -112,11 +112,12 @@ def test_a_mistake_is_one_message_and_the_earlier_run_stays_as_it_was(earlier, m
 
 def test_numbers_that_are_lost_stop_the_run_before_they_reach_a_checkpoint(earlier):
     kept = earlier / "run" / "checkpoints"
-    before = runs.contents(kept)
+    newest = max(path.name for path in kept.iterdir())
+    before = {name: digest for name, digest in runs.contents(kept).items() if name.startswith(newest)}
     words = ("--set", "train.steps=6", "--set", "schedule.lr=1.0e+30")
     ended = runs.run(earlier, "train", str(earlier / "tiny.yaml"), *words)
     check(ended, "lower schedule.lr")
-    assert before.items() <= runs.contents(kept).items()
+    assert before and before.items() <= runs.contents(kept).items()  # an older one may give way to a later good one
     saved = runs.saved(earlier / "run", max(int(path.name[5:]) for path in kept.iterdir()))
     assert all(tensor.isfinite().all() for tensor in saved.values())
 
