@@ -23,7 +23,9 @@ REST: dict[str, Any] = {
     "train": {"steps": 10, "sequences": 8, "seq_len": 4096},
     "parallel": {},
 }
-MODELS = [path for path in sorted(shipped().rglob("*.yaml")) if "model:" in path.read_text() and path.parent.name != "sweeps"]
+MODELS = [
+    path for path in sorted(shipped().rglob("*.yaml")) if "model:" in path.read_text() and path.parent.name != "sweeps"
+]
 
 
 def large(**changes: Any) -> Recipe:
