@@ -12,11 +12,11 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from shardforge.bench.cost import Cost
 from shardforge.bench.peers_moe import Contestant, Pick, Sizes, peers
 from shardforge.core.dims import Dim
 from shardforge.core.errors import EngineError
@@ -35,16 +35,6 @@ SLOW = 4.0
 """Peers whose first pass takes this many times as long as that of the fastest one are not timed again."""
 STEP = 2.0**-4
 """Between neighbouring affinities of a token, all of which are exact in bfloat16."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Seconds of the fastest pass of each, and ours / theirs: of the fastest passes, and in the median pair."""
-
-    ours: float
-    theirs: dict[str, float]
-    fastest: dict[str, float]
-    median: dict[str, float]
 
 
 def sizes(text: str, experts: int = 64, k: int = 6) -> Sizes:

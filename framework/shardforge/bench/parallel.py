@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from shardforge.bench.by_hand import Sizes
 from shardforge.bench.by_hand_layouts import LAYOUTS
+from shardforge.bench.cost import Cost
 from shardforge.bench.peers import OlmoCore
 from shardforge.bench.step import synthetic
 from shardforge.core.errors import EngineError
@@ -48,16 +49,6 @@ class Shape:
     sequences: int = 8
     length: int = 256
     experts: int = 8  # of width inner / 4, two a token, where the layout has ep
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Seconds of the fastest step of each, and ours / theirs: of the fastest steps, and in the median pair."""
-
-    ours: float
-    theirs: dict[str, float]
-    fastest: dict[str, float]
-    median: dict[str, float]
 
 
 def recipe(layout: Layout, shape: Shape) -> Recipe:
