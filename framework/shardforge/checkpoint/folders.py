@@ -62,9 +62,20 @@ def commit(attempt: Path, step: int, manifest: dict[str, Any]) -> Path:
         discard(final)
     attempt.rename(final)
     tensorfile.settle_folder(final.parent)
-    marker = {"step": step, "manifest": hashlib.sha256(content).hexdigest()}
-    tensorfile.write_whole(final / MARKER, json.dumps(marker).encode())
+    _mark(final, step, content)
     return final
+
+
+def seal(folder: Path, step: int, manifest: dict[str, Any]) -> None:
+    """Make a completely written folder the checkpoint of `step` where it lies, inside of what is not in place yet."""
+    content = json.dumps(manifest, indent=1).encode()
+    tensorfile.write_whole(folder / MANIFEST, content)
+    _mark(folder, step, content)
+
+
+def _mark(folder: Path, step: int, manifest: bytes) -> None:
+    marker = {"step": step, "manifest": hashlib.sha256(manifest).hexdigest()}
+    tensorfile.write_whole(folder / MARKER, json.dumps(marker).encode())
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

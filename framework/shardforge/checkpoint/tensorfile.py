@@ -6,9 +6,8 @@ import ctypes
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
@@ -17,6 +16,8 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+
+from shardforge.checkpoint.tensormap import TensorMap
 
 BLOCK_BYTES = 1 << 24
 BEHIND_BYTES = 1 << 26
@@ -38,6 +39,9 @@ TYPES: dict[str, tuple[torch.dtype, str]] = {
     "bool": (torch.bool, "BOOL"),
 }
 """Number types a checkpoint can hold: our name -> torch type, name in a safetensors header."""
+
+
+STORED = {theirs: dtype for dtype, theirs in TYPES.values()}
 
 
 @dataclass(frozen=True)
@@ -68,19 +72,20 @@ def type_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def write_tensors(path: Path, parts: Sequence[Part]) -> Written:
+def write_tensors(path: Path, parts: Sequence[Part], metadata: Mapping[str, str] | None = None) -> Written:
     """Write `parts` as one safetensors file on the disk itself (fsync); holds one tensor's copy at most in memory.
 
-    The hash is of the bytes as they left memory, so that a later audit sees what the disk did to them.
+    The hash is of the bytes as they left memory, so that a later audit sees what the disk did to them. `metadata` is
+    what the header says of the file itself, like {"format": "pt"}.
     """
     parts = sorted(parts, key=lambda part: -TYPES[part.dtype][0].itemsize)  # keeps every tensor aligned in the file
-    header: dict[str, object] = {}
+    table: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     start = 0
     for part in parts:
         end = start + part.bytes
-        header[part.key] = {"dtype": TYPES[part.dtype][1], "shape": part.shape, "data_offsets": (start, end)}
+        table[part.key] = {"dtype": TYPES[part.dtype][1], "shape": part.shape, "data_offsets": (start, end)}
         start = end
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest, waiting = hashlib.sha256(), 0
     with path.open("xb") as file, ThreadPoolExecutor(1, "checkpoint-hash") as hasher:
@@ -120,18 +125,20 @@ def settle_folder(path: Path) -> None:
         os.close(handle)
 
 
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, which must be kept as long as they are used."""
+    # not tensor.numpy(), after which torch refuses to resize the storage for the rest of its life
+    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr()))
+
+
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file mapped into memory; slices read only their own pages."""
-    from safetensors import safe_open
-
-    with safe_open(str(path), framework="pt", device="cpu") as file:
-        yield file
+def opened(path: Path) -> TensorMap:
+    """A safetensors file for reading; close it, or use it in a `with`."""
+    return TensorMap(path, STORED)
 
 
 def _blocks(parts: Sequence[Part]) -> Iterator[Any]:
@@ -140,10 +147,10 @@ def _blocks(parts: Sequence[Part]) -> Iterator[Any]:
         found = type_name(tensor.dtype), tuple(tensor.shape)
         assert found == (part.dtype, part.shape), f"{part.key}: planned {part.dtype}{part.shape}, found {found}"
         tensor = tensor.cpu().contiguous()
-        # not tensor.numpy(), after which torch refuses to resize the storage for the rest of its life
-        raw = memoryview((ctypes.c_ubyte * part.bytes).from_address(tensor.data_ptr()))
-        for start in range(0, len(raw), BLOCK_BYTES):
-            yield raw[start : start + BLOCK_BYTES]
+        numbers = raw(tensor)
+        for start in range(0, len(numbers), BLOCK_BYTES):
+            yield numbers[start : start + BLOCK_BYTES]
+        del tensor  # before the next one is made
 
 
 def _drain(file: BinaryIO) -> None:

@@ -19,6 +19,7 @@ FLAGS = (
     "moments",
 )  # fmt: skip
 OF_METHOD = {"ratio": "ratio", "share_indices": "share_indices", "noise_std": "std"}
+TAKES = {"ratio": ("drop", "noise"), "share_indices": ("drop", "noise"), "noise_std": ("noise",)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from shardforge.upcycle import progress
+    from functools import partial
+
+    from shardforge.checkpoint.filling import shown
     from shardforge.upcycle.options import read_options
     from shardforge.upcycle.run import upcycle
 
@@ -66,7 +69,8 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = _tokenizer(args)
     given = read_options(args.config, _flags(args), args.set)
     begun = time.perf_counter()
-    made = upcycle(args.source, args.output, given, processes=args.processes, data=args.data, progress=progress.shown)
+    progress = partial(shown, doing="upcycling")
+    made = upcycle(args.source, args.output, given, processes=args.processes, data=args.data, progress=progress)
     spent = time.perf_counter() - begun
     if tokenizer is not None:
         from shardforge.upcycle.loss import compare
@@ -78,7 +82,13 @@ def run(args: argparse.Namespace) -> None:
 def _flags(args: argparse.Namespace) -> dict[str, Any]:
     """What the command line says, by option; the method's own go below it."""
     found = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
-    method = {name: getattr(args, flag) for flag, name in OF_METHOD.items() if getattr(args, flag) is not None}
+    given = [flag for flag in OF_METHOD if getattr(args, flag) is not None]
+    for flag in given:
+        if args.method and args.method not in TAKES[flag]:
+            words = f"--{flag.replace('_', '-')}"
+            fix = f"leave {words} out, or choose --method {' or '.join(TAKES[flag])}"
+            raise ForgeError(f"method {args.method} has no such option", words, fix)
+    method = {OF_METHOD[flag]: getattr(args, flag) for flag in given}
     if args.method:
         method = {"kind": args.method, **method}
     return found | ({"method": method} if method else {})

@@ -22,6 +22,7 @@ import numpy as np
 
 from shardforge.core import log
 from shardforge.core.errors import DataError
+from shardforge.core.workers import Workers, cores
 from shardforge.data import assemble, manifest
 from shardforge.data.corpus import Corpus
 from shardforge.data.manifest import FILE, SPLITS, WORK, Manifest, Skipped, TokenizerRecord
@@ -29,7 +30,6 @@ from shardforge.data.shards import token_type
 from shardforge.data.sources import Part, Plan, plan
 from shardforge.data.tokenize import tokenize, tokens
 from shardforge.data.tokenizer import eos, load, sample, threshold, train
-from shardforge.data.workers import Workers, cores
 from shardforge.recipe.schema import BuildConfig
 
 if TYPE_CHECKING:

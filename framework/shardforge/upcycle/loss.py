@@ -1,27 +1,20 @@
-"""The loss of the dense source and of the result on a text, before the first step. Both are held whole in memory."""
+"""The loss of the dense source and of the result on a text, before the first step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
-from shardforge.core.errors import CheckpointError, DataError
-from shardforge.core.slots import objectives
-from shardforge.core.units import bytes_
+from shardforge.core.errors import DataError
 from shardforge.data import tokenizer as tokenizers
 from shardforge.families.open import open_source
 from shardforge.families.source import Source
-from shardforge.model.build import build
-from shardforge.nn.batch import IGNORE
-from shardforge.nn.sequence import Sequence
+from shardforge.families.streamed import NORM, Streamed
 from shardforge.upcycle import report
 from shardforge.upcycle.run import Upcycled
-from shardforge.upcycle.target import config
 
 LENGTH, SEQUENCES = 512, 8
 
@@ -59,28 +52,21 @@ def tokenized(text: Path, tokenizer: Path, vocab: int) -> Tensor:
 
 @torch.no_grad()
 def loss(source: Source, tokens: Tensor) -> float:
-    """Mean loss of a source's model in float32, nats a token, one sequence after another."""
-    model = build(config(source.model, str(source.path)), objectives["next_token"]().build(), torch.float32)
-    size, room = 4 * sum(weight.numel() for weight in model.parameters()), psutil.virtual_memory().available
-    if size > room:
-        what = f"its weights in float32 take {bytes_(size)}, and {bytes_(room)} of memory are free"
-        raise DataError(what, source.path, "leave --text out; the weights themselves are written already")
-    model.to_empty(device="cpu")
-    _fill(dict(model.named_parameters()) | dict(model.named_buffers()), source.names, source.read)
-    model.eval()
-    total, scored = 0.0, 0
-    for row in tokens:
-        labels = row[None, 1:]
-        place = torch.arange(labels.shape[1])[None]
-        seq = Sequence(place, torch.zeros_like(place), torch.zeros(1, dtype=torch.int64))
-        total += float(model(row[None, :-1], seq, labels)["loss"])
-        scored += int((labels != IGNORE).sum())
-    return total / scored
-
-
-def _fill(tensors: Mapping[str, Tensor], names: Mapping[str, Any], read: Callable[[str], Tensor]) -> None:
-    if missing := sorted(names.keys() - tensors.keys()):
-        raise CheckpointError(f"{missing[0]} has no place in the model", "", "report this")
-    for name, tensor in tensors.items():
-        if name in names:
-            tensor.detach().copy_(read(name))
+    """Mean loss of a source's model in float32, nats a token; of the model one block is in memory at a time."""
+    model, labels = Streamed(source, tokens[:, :-1]), tokens[:, 1:].flatten()
+    with model.embedding():
+        streams = [model.embedded(row) for row in range(tokens.shape[0])]
+    for layer in range(model.layers):
+        with model.held(f"blocks.{layer}"):
+            streams = [model.block(layer, x) for x in streams]
+    with model.held(NORM):
+        normed = model.norm(torch.cat(streams)).flatten(0, 1)
+    total, wanted = torch.full(labels.shape, -torch.inf), torch.zeros(labels.shape)
+    first = 0
+    for logits in model.logits(normed, source.read(model.head)):
+        place = labels - first
+        here = (place >= 0) & (place < logits.shape[1])
+        wanted[here] = logits[here, place[here]]
+        total = torch.logaddexp(total, logits.logsumexp(-1))
+        first += logits.shape[1]
+    return float((total - wanted).double().mean())

@@ -16,12 +16,13 @@ from typing import Any
 
 from shardforge.checkpoint import index
 from shardforge.checkpoint.index import Chunk, Entry
+from shardforge.checkpoint.journal import Journal
 from shardforge.checkpoint.storage import FILE_BYTES
 from shardforge.checkpoint.tensorfile import TYPES, type_name
+from shardforge.families.fingerprint import fingerprint
 from shardforge.families.source import Source
 from shardforge.recipe.provenance import plain
 from shardforge.upcycle.options import Options
-from shardforge.upcycle.source import fingerprint
 from shardforge.upcycle.target import Layer, Target
 
 FORMAT = 1
@@ -71,7 +72,7 @@ class Plan:
     source: Path
     opener: Opener
     folder: Path  # the attempt
-    journal: Path
+    journal: Journal
     options: Options
     target: Target
     types: dict[str, str]  # weight -> type in the result
@@ -146,14 +147,16 @@ def digest(found: dict[str, Any]) -> str:
 
 
 def plan(
-    source: Source, opener: Opener, options: Options, target: Target, folder: Path, journal: Path, path: Path
+    source: Source, opener: Opener, options: Options, target: Target, folder: Path, work: Path, path: Path
 ) -> Plan:
     kinds = (*source.moments, *source.counts) if options.moments == "carry" else ()
     smallest = min(source.names, key=lambda name: (prod(source.names[name].shape), name))
     moments = {kind: type_name(source.read_moment(kind, smallest).dtype) for kind in kinds}
     types = {name: _type(name, source, options, target) for name in target.table}
     counts = frozenset(kinds).intersection(source.counts)
-    return Plan(path, opener, folder, journal, options, target, types, moments, counts, frozenset(source.names))
+    return Plan(
+        path, opener, folder, Journal(work, folder), options, target, types, moments, counts, frozenset(source.names)
+    )
 
 
 def is_expert(name: str) -> bool:

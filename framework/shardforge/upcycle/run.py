@@ -12,26 +12,21 @@ Nothing depends on who did what: same options, same source, same bytes.
 
 from __future__ import annotations
 
-import fcntl
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from shardforge.checkpoint import folders, index, tensorfile
-from shardforge.checkpoint.crew import explained
-from shardforge.core.errors import CheckpointError, ForgeError, Problems
+from shardforge.checkpoint import building, folders, index, tensorfile
+from shardforge.core.errors import CheckpointError, Problems
 from shardforge.core.rundir import RunDir
-from shardforge.core.units import bytes_
-from shardforge.data.workers import Workers, cores
+from shardforge.core.workers import Workers, cores
 from shardforge.families.open import open_source
-from shardforge.recipe.provenance import leaves
 from shardforge.upcycle import ready, report
-from shardforge.upcycle.make import finished, make, read_record
+from shardforge.upcycle.make import make
 from shardforge.upcycle.options import Given, dump
 from shardforge.upcycle.plan import Opener, Plan, identity, plan
 from shardforge.upcycle.source import mismatches
@@ -65,7 +60,7 @@ def upcycle(
 
     Problems for options that do not fit the source, CheckpointError for what is in the way in `output`.
     """
-    apart(path, output)
+    building.apart(path, output)
     source = opener(path)
     where = str(path)
     if problems := list(mismatches(source, where)):
@@ -86,32 +81,13 @@ def upcycle(
             step.rename(attempt)  # killed just before the marker
         attempt.mkdir(parents=True, exist_ok=True)
         made = plan(source, opener, given.options, goal, attempt, work, path)
-        room(made, output)
-        with _explained(output):
+        there = sum(path.stat().st_size for path in attempt.iterdir() if path.is_file())
+        needed = sum(made.bytes(job) for job in made.jobs) - there
+        building.room(needed, output, "choose another disk, or fewer experts or dtype: bf16")
+        with building.told(output):
             kept = _write(made, processes or cores(), progress)
             found = _commit(made, output, same, given, data, kept)
     return Upcycled(output, step, found, goal, fresh=True)
-
-
-def apart(path: Path, output: Path) -> None:
-    """CheckpointError unless neither folder lies in the other."""
-    one, other = path.resolve(), output.resolve()
-    if one.is_relative_to(other) or other.is_relative_to(one):
-        raise CheckpointError(
-            f"the source {path} and the output {output} lie in one another", output, "choose a folder beside it"
-        )
-    if output.exists() and not output.is_dir():
-        raise CheckpointError("this is a file, not a folder", output, "choose another output folder")
-
-
-def room(made: Plan, output: Path) -> None:
-    """CheckpointError when the disk cannot hold what is still to be written."""
-    there = sum(path.stat().st_size for path in made.folder.iterdir() if path.is_file())
-    needed = sum(made.bytes(job) for job in made.jobs) - there
-    free = shutil.disk_usage(output).free
-    if needed > free:
-        what = f"the result needs {bytes_(needed)} and the disk has {bytes_(free)} left"
-        raise CheckpointError(what, output, "free space there, choose another disk, or fewer experts or dtype: bf16")
 
 
 def _write(made: Plan, processes: int, progress: Progress | None) -> int:
@@ -120,13 +96,13 @@ def _write(made: Plan, processes: int, progress: Progress | None) -> int:
     for path in made.folder.iterdir():
         if path.name not in expected:
             path.unlink()
-    kept = [job for job in made.jobs if finished(job, plan=made)]
+    kept = [job for job in made.jobs if made.journal.finished(job)]
     left = [job for job in made.jobs if job not in kept]
     total = sum(made.bytes(job) for job in made.jobs)
     for job in left:
         for file, _ in made.files(job):
             (made.folder / file).unlink(missing_ok=True)
-    shown = progress(made.folder, total, sum(made.bytes(job) for job in kept)) if progress else _silent()
+    shown = progress(made.folder, total, sum(made.bytes(job) for job in kept)) if progress else nullcontext()
     with shown, Workers(min(processes, len(left) or 1), "shardforge upcycle", "--processes") as pool:
         for _ in pool.run(partial(make, plan=made), left):
             pass
@@ -137,7 +113,7 @@ def _commit(
     made: Plan, output: Path, same: dict[str, Any], given: Given, data: Sequence[str], kept: int
 ) -> dict[str, Any]:
     """After all files: index, recipe, report, and last the marker."""
-    records = [read_record(made, job) for job in made.jobs]
+    records = [made.journal.read(job) for job in made.jobs]
     assert all(records), "a job left no record"
     table = made.folder / index.NAME
     tensorfile.write_whole(table, index.to_json(made.entries()))
@@ -154,7 +130,7 @@ def _commit(
         "files": files,
     }
     folders.commit(made.folder, 0, manifest)
-    shutil.rmtree(made.journal)
+    shutil.rmtree(made.journal.path)
     return found
 
 
@@ -162,21 +138,11 @@ def _same(output: Path, was: dict[str, Any], now: dict[str, Any]) -> dict[str, A
     """The report of an output of the same source and options; CheckpointError says what differs."""
     if was != now:
         raise CheckpointError(
-            f"another upcycling is here:\n{index.shorten(_differences(was, now))}",
+            f"another upcycling is here:\n{index.shorten(building.differences(was, now))}",
             output,
             "choose another output folder, or delete this one to make it anew",
         )
     return report.read(output)
-
-
-def _differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    old, new = leaves(was), leaves(now)
-    fields = dict.fromkeys([*old, *new])
-    return [
-        f"{field.removeprefix('options.')}: {old.get(field, 'absent')} there, {new.get(field, 'absent')} here"
-        for field in fields
-        if old.get(field) != new.get(field)
-    ]
 
 
 @contextmanager
@@ -186,33 +152,5 @@ def _claimed(output: Path, same: dict[str, Any]) -> Iterator[Path]:
     if output.is_dir() and not work.is_dir() and any(output.iterdir()):
         names = ", ".join(sorted(path.name for path in output.iterdir())[:4])
         raise CheckpointError(f"this folder holds something else: {names}", output, "choose an empty or a new folder")
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as cause:
-            raise CheckpointError("another process is writing here", output, "wait for it, or stop it first") from cause
-        planned = work / "plan.json"
-        if planned.is_file() and (was := json.loads(planned.read_bytes())) != same:
-            raise CheckpointError(
-                f"an unfinished upcycling with other options is here:\n{index.shorten(_differences(was, same))}",
-                output,
-                "finish it with its own options, delete the folder, or choose another output",
-            )
-        tensorfile.write_whole(planned, json.dumps(same).encode())
+    with building.claimed(work, output, same, "upcycling"):
         yield work
-
-
-@contextmanager
-def _explained(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except ForgeError:
-        raise
-    except OSError as cause:
-        raise explained(cause, output) from cause
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    yield

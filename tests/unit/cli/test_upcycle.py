@@ -70,7 +70,7 @@ def test_a_text_compares_both_models(source, tmp_path, capsys):
     "words, told",
     [
         (["--ratio", "1.5"], "upcycle.method.ratio"),
-        (["--method", "naive", "--ratio", "0.5"], "no field 'ratio'"),
+        (["--method", "naive", "--ratio", "0.5"], "leave --ratio out, or choose --method drop or noise"),
         (["--k", "9"], "k=9 of experts=8"),
         (["--processes", "0"], "--processes"),
         (["--text", "nowhere.txt"], "--text nowhere.txt"),

@@ -45,7 +45,8 @@ def save(path: Path, *, trained: bool = False, dtype: torch.dtype = torch.float3
     tensors = collect(model, optimizer)
     for name, tensor in tensors.items():
         if name.startswith("optim."):
-            tensor.copy_(torch.rand(tensor.shape, generator=chance) + 1)
+            random = torch.rand(tensor.shape, generator=chance) + 1
+            tensor.copy_(torch.tensor(7.0) if name.endswith(".step") else random)
     path.mkdir(parents=True)
     (path / "recipe.yaml").write_text(dump(recipe))
     store = Store(path / "checkpoints", recipe.checkpoint, describe={"model": table(model)})

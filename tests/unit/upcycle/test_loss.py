@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from shardforge.core.errors import DataError
+from shardforge.core.errors import CheckpointError, DataError
 from shardforge.families.open import open_source
 from shardforge.upcycle import pieces, run
 from shardforge.upcycle.loss import loss, tokenized
@@ -102,7 +102,7 @@ def test_a_text_becomes_rows_of_tokens(tmp_path):
         tokenized(text, tmp_path / "tokenizer.json", 3)
 
 
-def test_a_model_that_memory_cannot_hold_is_refused_before_it_is_built(monkeypatch, source):
+def test_a_model_whose_blocks_memory_cannot_hold_is_refused_before_one_is_read(monkeypatch, source):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    with pytest.raises(DataError, match="of memory are free"):
+    with pytest.raises(CheckpointError, match="of memory are free"):
         loss(open_source(source), TOKENS)

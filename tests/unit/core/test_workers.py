@@ -3,15 +3,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
 from shardforge.core.errors import DataError
-from shardforge.data.workers import Workers, cores
+from shardforge.core.workers import Workers, cores
 
 PARENT = """
 import os, signal
-from shardforge.data.workers import Workers
+from shardforge.core.workers import Workers
 if __name__ == "__main__":
     with Workers(2) as pool:
         for number in pool.run(eval, ["__import__('os').getpid()"] * 2 + ["__import__('time').sleep(600)"] * 2):
@@ -23,6 +24,14 @@ if __name__ == "__main__":
 def test_one_worker_is_this_process():
     with Workers(1) as pool:
         assert set(pool.run(eval, ["__import__('os').getpid()"] * 3)) == {os.getpid()}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_process_is_prepared_before_its_first_job(count, monkeypatch):
+    monkeypatch.setenv("PREPARED", "no")
+    prepare = partial(exec, "__import__('os').environ['PREPARED'] = 'yes'")
+    with Workers(count, prepare=prepare) as pool:
+        assert set(pool.run(eval, ["__import__('os').environ['PREPARED']"] * 4)) == {"yes"}
 
 
 def test_every_job_is_done_once():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from shardforge.core.units import bytes_, seconds
@@ -15,16 +16,19 @@ LOOK_S, LINE_S = 0.5, 10.0
 
 
 @contextmanager
-def shown(folder: Path, total: int, before: int) -> Iterator[None]:
-    """Show how the files of `folder` grow to `total` bytes; `before` of them were there already. On stderr."""
+def shown(folder: Path, total: int, before: int, doing: str) -> Iterator[None]:
+    """Show on stderr how the files below `folder` grow to `total` bytes; `before` of them were there already.
+
+    `doing` is a word for it, like "upcycling".
+    """
     over = threading.Event()
-    paint, close = _bar(total, before) if sys.stderr.isatty() else _lines(total, before)
+    paint, close = _bar(total, before, doing) if sys.stderr.isatty() else _lines(total, before)
 
     def look() -> None:
         while not over.wait(LOOK_S):
             paint(written(folder))
 
-    watcher = threading.Thread(target=look, name="upcycle-progress", daemon=True)
+    watcher = threading.Thread(target=look, name="filling", daemon=True)
     watcher.start()
     try:
         yield
@@ -36,23 +40,22 @@ def shown(folder: Path, total: int, before: int) -> Iterator[None]:
 
 
 def written(folder: Path) -> int:
-    """Bytes of tensor files in a folder whose files come and go."""
+    """Bytes of all files below a folder whose files come and go."""
     size = 0
-    for path in folder.glob("*.safetensors"):
-        try:
-            size += path.stat().st_size
-        except FileNotFoundError:
-            continue
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                size += os.stat(os.path.join(place, name)).st_size
     return size
 
 
-def _bar(total: int, before: int) -> tuple[Callable[[int], None], Callable[[], None]]:
+def _bar(total: int, before: int, doing: str) -> tuple[Callable[[int], None], Callable[[], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (TextColumn("upcycling"), BarColumn(), DownloadColumn(True), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (TextColumn(doing), BarColumn(), DownloadColumn(True), TransferSpeedColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=Console(stderr=True))
-    task = bar.add_task("upcycling", total=max(1, total), completed=before)
+    task = bar.add_task(doing, total=max(1, total), completed=before)
     bar.start()
     return lambda size: bar.update(task, completed=min(size, total)), bar.stop
 

@@ -28,10 +28,16 @@ def cores() -> int:
 
 class Workers:
     """`count` processes, or this one alone when count is 1. `command` and its `option` for their number are for the
-    message about one that was killed."""
+    message about one that was killed. `prepare` is called once in each process before its first job."""
 
-    def __init__(self, count: int, command: str = "shardforge data build", option: str = "--workers"):
-        self.count, self.command, self.option = count, command, option
+    def __init__(
+        self,
+        count: int,
+        command: str = "shardforge data build",
+        option: str = "--workers",
+        prepare: Callable[[], object] | None = None,
+    ):
+        self.count, self.command, self.option, self.prepare = count, command, option, prepare
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Workers:
@@ -46,10 +52,12 @@ class Workers:
     def run(self, function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[Result]:
         """Results as they come, in any order. `function` must be importable by name."""
         if self.count == 1 or len(jobs) < 2:
+            if self.prepare:
+                self.prepare()
             yield from map(function, jobs)
             return
         if self._pool is None:
-            self._pool = ProcessPoolExecutor(self.count, multiprocessing.get_context("spawn"), _begin)
+            self._pool = ProcessPoolExecutor(self.count, multiprocessing.get_context("spawn"), _begin, (self.prepare,))
         left = iter(jobs)
         try:
             running = {self._pool.submit(function, job) for job in islice(left, AHEAD * self.count)}
@@ -66,7 +74,7 @@ class Workers:
             ) from cause
 
 
-def _begin() -> None:
+def _begin(prepare: Callable[[], object] | None) -> None:
     """First thing in a worker: leave Ctrl-C to the parent, end with the parent, and use one core."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -78,3 +86,5 @@ def _begin() -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+    if prepare:
+        prepare()
