@@ -97,6 +97,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
             "stack": ["near", "far"],
         }
     },
+    "capped-scores": {"mixer": GQA | {"heads": 8, "softcap": 0.7}},
     "two-blocks": {
         "model": {
             "blocks": {

@@ -31,6 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "dropout": {"residual": {"kind": "pre", "dropout": 0.3}, "model": {"stack": ["one x 4"], "dropout": 0.2}},
     "two-blocks": {"model": OPTIONS["two-blocks"]["model"] | {"stack": ["near x 2", "far x 2"]}},
     "sinks": {"model": OPTIONS["sinks"]["model"] | {"stack": ["(near far) x 2"]}},
+    "capped-scores": OPTIONS["capped-scores"] | {"model": {"stack": ["one x 4"]}},
 }
 
 
@@ -105,6 +106,11 @@ def test_terms_of_the_objective_come_from_the_last_stage(ranks, alone, layout, s
 )
 def test_sinks_of_every_stage_hear_of_its_micro_batches(ranks, alone, layout, schedule, context):
     assert_same(piped(ranks, layout, "sinks", schedule, context=context), alone("sinks"))
+
+
+@pytest.mark.parametrize(("layout", "schedule", "context"), [("pp2-tp2", "zbv", "auto"), ("pp2-cp2", "1f1b", "ring")])
+def test_scores_of_every_stage_are_bent(ranks, alone, layout, schedule, context):
+    assert_same(piped(ranks, layout, "capped-scores", schedule, context=context), alone("capped-scores"))
 
 
 @pytest.mark.parametrize(("layout", "schedule"), [("pp2", "zero_bubble"), ("pp2-tp2", "interleaved")])

@@ -28,6 +28,7 @@ EVERY_PART = {"bias": "all", "qk_norm": "rmsnorm", "qk_norm_over": "all"}
 CASES: dict[str, dict[str, Any]] = {
     "one-kv-head": {"mixer": GQA | {"kv_heads": 1}},
     "two-kv-heads": {"mixer": GQA | {"kv_heads": 2}},
+    "capped-scores": {"mixer": GQA | {"kv_heads": 2, "softcap": 0.7}},
     "one-kv-head-every-part": {"mixer": GQA | EVERY_PART | {"kv_heads": 1}},
     "two-kv-heads-every-part": {"mixer": GQA | EVERY_PART | {"heads": 8, "kv_heads": 2}},
     "two-kv-heads-layernorm": {"mixer": GQA | EVERY_PART | {"kv_heads": 2, "qk_norm": "layernorm"}},

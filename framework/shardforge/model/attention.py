@@ -14,6 +14,8 @@ from shardforge.nn.sequence import Mask, Sequence, visible
 class AttentionCore(Module):
     """softmax(scale * q k^T, over visible keys) v; query head i reads key head i * m // n. Kinds differ in speed.
 
+    With `softcap` c the scaled scores s are c * tanh(s / c), before the mask (Gemma 2, arXiv:2408.00118, section 2).
+
     With `sinks` each query head has one more score, the same for every query, in the denominator of the softmax: what
     it takes is lost to the keys (Xiao et al. 2023, arXiv:2309.17453; learned as in gpt-oss, arXiv:2508.10925).
     """
@@ -22,15 +24,15 @@ class AttentionCore(Module):
     exchanges: ClassVar[tuple[str, ...]] = ("gather", "ring", "ulysses")
     """What may bring together queries and keys of a sequence that several ranks share. "gather" hands the core keys
     from before its queries, in order (`Sequence.keys`); "ulysses" hands it the whole sequence of some heads; "ring"
-    computes softmax(scale * q k^T) v in the core's place, sinks included, so a kind that computes anything else must
-    leave it out."""
+    computes softmax(scale * q k^T) v in the core's place, softcap and sinks included, so a kind that computes anything
+    else must leave it out."""
 
     trains = True
     """Whether it is called in training, which makes nothing ready for one that is not."""
 
-    def __init__(self, mask: Mask, scale: float, sinks: bool = False):
+    def __init__(self, mask: Mask, scale: float, sinks: bool = False, softcap: float | None = None):
         super().__init__()
-        self.mask, self.scale, self.sinks = mask, scale, sinks
+        self.mask, self.scale, self.sinks, self.softcap = mask, scale, sinks, softcap
 
     def taking(self, width: int) -> AttentionCore:
         """A core of the same function that takes heads of `width` channels: this one unless a kind has a limit."""

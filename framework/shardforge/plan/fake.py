@@ -73,8 +73,8 @@ def give_storage(model: nn.Module, mode: FakeTensorMode) -> None:
 class KeepsConfig:
     """For `model.core` where it is left to the machine."""
 
-    def build(self, mask: Mask, scale: float, sinks: bool = False) -> Keeps:
-        return Keeps(mask, scale, sinks)
+    def build(self, mask: Mask, scale: float, sinks: bool = False, softcap: float | None = None) -> Keeps:
+        return Keeps(mask, scale, sinks, softcap)
 
 
 class Keeps(AttentionCore):

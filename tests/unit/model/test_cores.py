@@ -43,8 +43,10 @@ def attend(core: AttentionCore, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor |
     return core(q, k, v, seq, sinks)
 
 
-def made(kind: str, mask: object = MASKS[0], scale: float = 0.3, sinks: bool = False) -> AttentionCore:
-    return cores[kind]().build(mask, scale, sinks)
+def made(
+    kind: str, mask: object = MASKS[0], scale: float = 0.3, sinks: bool = False, softcap: float | None = None
+) -> AttentionCore:
+    return cores[kind]().build(mask, scale, sinks, softcap)
 
 
 def sunk(n: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -52,7 +54,9 @@ def sunk(n: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.linspace(-1.0, 1.5, n, dtype=dtype)
 
 
-def naive(q: Tensor, k: Tensor, v: Tensor, mask: object, scale: float, sinks: Tensor | None = None) -> Tensor:
+def naive(
+    q: Tensor, k: Tensor, v: Tensor, mask: object, scale: float, sinks: Tensor | None = None, cap: float = math.inf
+) -> Tensor:
     """Eq. 1 of the paper, one query at a time, over the keys that its document and mask leave."""
     seq, group = sequence(), q.shape[2] // k.shape[2]
     y = torch.zeros(B, S, q.shape[2], D, dtype=q.dtype)
@@ -61,15 +65,16 @@ def naive(q: Tensor, k: Tensor, v: Tensor, mask: object, scale: float, sinks: Te
             pos, doc = seq.positions[b], seq.documents[b]
             keys = [t for t in range(S) if doc[t] == doc[s] and bool(mask.visible(pos[s], pos[t]))]
             for n in range(q.shape[2]):
-                score = (k[b, keys, n // group] @ q[b, s, n] * scale).exp()
+                score = k[b, keys, n // group] @ q[b, s, n] * scale
+                score = (score if cap == math.inf else cap * torch.tanh(score / cap)).exp()
                 lost = 0.0 if sinks is None else sinks[n].exp()
                 y[b, s, n] = score / (score.sum() + lost) @ v[b, keys, n // group]
     return y
 
 
-def varlen(q, k, v, q_starts, k_starts, q_longest, k_longest, *, softmax_scale, causal, window_size):
+def varlen(q, k, v, q_starts, k_starts, q_longest, k_longest, *, softmax_scale, causal, window_size, softcap=0.0):
     """What flash_attn_varlen_func computes, by its documentation: the last query of a run sees its last key, each one
-    before it one key less; query i sees `left` keys before its own."""
+    before it one key less; query i sees `left` keys before its own; a softcap above 0 bends the scaled scores."""
     assert causal and q_starts.dtype == k_starts.dtype == torch.int32
     assert (q_longest, k_longest) == (int(q_starts.diff().max()), int(k_starts.diff().max()))
     assert (q_starts[-1], k_starts[-1]) == (len(q), len(k)) and len(k) == len(v)
@@ -80,8 +85,9 @@ def varlen(q, k, v, q_starts, k_starts, q_longest, k_longest, *, softmax_scale, 
             own = last_key - last + i
             low = first_key if left < 0 else max(first_key, own - left)
             for n in range(q.shape[1]):
-                weight = (k[low : own + 1, n // group] @ q[i, n] * softmax_scale).softmax(0)
-                y[i, n] = weight @ v[low : own + 1, n // group]
+                score = k[low : own + 1, n // group] @ q[i, n] * softmax_scale
+                score = softcap * torch.tanh(score / softcap) if softcap > 0 else score
+                y[i, n] = score.softmax(0) @ v[low : own + 1, n // group]
     return y
 
 
@@ -129,6 +135,38 @@ def test_every_core_with_sinks_equals_eager(kind, n, m, mask):
     expected = attend(made("eager", mask, sinks=True), q, k, v, sunk(n))
     got = attend(made(kind, mask, sinks=True), q, k, v, sunk(n))
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("sinks", [False, True])
+def test_a_softcap_bends_the_scaled_scores_before_the_mask_and_leaves_sinks(mask, sinks):
+    q, k, v = inputs(4, 2, torch.float64)
+    given = sunk(4, torch.float64) if sinks else None
+    got = attend(made("eager", mask, sinks=sinks, softcap=0.4), q, k, v, given)
+    torch.testing.assert_close(got, naive(q, k, v, mask, 0.3, given, cap=0.4), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize(("kind", "sinks"), [("flex", False), ("flex", True), ("flash", False)])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@torch.no_grad()
+def test_every_core_with_a_softcap_equals_eager(flash_attn, kind, sinks, mask):
+    q, k, v = inputs(4, 2)
+    given = sunk(4) if sinks else None
+    expected = attend(made("eager", mask, sinks=sinks, softcap=0.4), q, k, v, given)
+    got = attend(made(kind, mask, sinks=sinks, softcap=0.4), q, k, v, given)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_sdpa_refuses_a_softcap_and_says_which_cores_take_it():
+    with pytest.raises(RecipeError, match=r"within softcap=50.0(.|\n)*auto or eager, or on CUDA flex"):
+        made("sdpa", softcap=50.0)
+
+
+def test_a_head_too_wide_for_flash_keeps_its_softcap(flash_attn):
+    core = made("flash", softcap=0.4).taking(flash.WIDEST + 1)
+    q, k, v = inputs(4, 2)
+    torch.testing.assert_close(attend(core, q, k, v), attend(made("eager", softcap=0.4), q, k, v))
 
 
 @pytest.mark.parametrize("kind", ["eager", "sdpa", "flex"])
@@ -295,6 +333,19 @@ def test_auto_takes_the_fastest_core_that_works_here(cuda, package, triton, kind
 def test_auto_takes_a_core_that_trains_sinks_although_flash_is_here(triton, kind):
     chosen, reason = auto.choose(True, True, triton, sinks=True)
     assert chosen == kind and "sinks" in reason
+
+
+@pytest.mark.parametrize(
+    ("cuda", "package", "triton", "kind"),
+    [
+        (False, True, True, "eager"),
+        (True, True, True, "flash"),
+        (True, False, True, "flex"),
+        (True, False, False, "eager"),
+    ],
+)
+def test_auto_takes_the_fastest_core_that_trains_a_softcap(cuda, package, triton, kind):
+    assert auto.choose(cuda, package, triton, softcap=True)[0] == kind
 
 
 def test_auto_never_takes_a_core_that_cannot_train_here():

@@ -74,9 +74,12 @@ def sequence() -> Sequence:
     return Sequence(own(where.positions), own(where.documents), torch.arange(2), index=index, length=S)
 
 
-def run(way: str, mask: object, heads: tuple[int, int], dtype: torch.dtype, sinks: bool) -> list[Tensor]:
+def run(
+    way: str, mask: object, heads: tuple[int, int], dtype: torch.dtype, sinks: bool, softcap: float | None
+) -> list[Tensor]:
     *leaves, weight = (own(x) for x in inputs(*heads, dtype))
-    core = shared(cores["sdpa"]().build(mask, 0.3, sinks), way)
+    kind = "sdpa" if softcap is None else "eager"
+    core = shared(cores[kind]().build(mask, 0.3, sinks, softcap), way)
     if not sinks:
         return attended(core, leaves, weight, sequence())
     *found, grad = attended(core, [*leaves, sunk(heads[0], dtype)], weight, sequence())
@@ -84,7 +87,7 @@ def run(way: str, mask: object, heads: tuple[int, int], dtype: torch.dtype, sink
     return [*found, grad]
 
 
-def errors(way: str, mask: object, dtype: torch.dtype, sinks: bool = False) -> float:
+def errors(way: str, mask: object, dtype: torch.dtype, sinks: bool = False, softcap: float | None = None) -> float:
     """The largest error of the result and of any gradient against attention over the whole sequence in float64."""
     worst = 0.0
     for heads in HEADS:
@@ -92,8 +95,8 @@ def errors(way: str, mask: object, dtype: torch.dtype, sinks: bool = False) -> f
         where = places()
         seq = Sequence(where.positions, where.documents, torch.arange(2))
         leaves += [sunk(heads[0], dtype).double()] if sinks else []
-        expected = attended(cores["eager"]().build(mask, 0.3, sinks), leaves, weight, seq)
-        for got, want in zip(run(way, mask, heads, dtype, sinks), expected, strict=True):
+        expected = attended(cores["eager"]().build(mask, 0.3, sinks, softcap), leaves, weight, seq)
+        for got, want in zip(run(way, mask, heads, dtype, sinks, softcap), expected, strict=True):
             assert got.dtype == dtype
             wanted = own(want) if want.dim() > 1 else want
             worst = max(worst, ((got - wanted).norm() / want.norm().clamp(min=1.0)).item())
@@ -138,6 +141,12 @@ def test_every_way_equals_attention_over_the_whole_sequence(ranks, way, mask, cp
 @pytest.mark.parametrize(("way", "mask"), [each for each in WAYS if each[1] in (MASKS[0], MASKS[2], MASKS[4])], ids=str)
 def test_every_way_counts_a_sink_once_a_query(ranks, way, mask, cp):
     assert max(ranks(cp).run(errors, way, mask, torch.float64, True)) < 1e-12
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize(("way", "mask"), [each for each in WAYS if each[1] in (MASKS[0], MASKS[2])], ids=str)
+def test_every_way_bends_scores_as_one_process_does(ranks, way, mask, sinks):
+    assert max(ranks(2).run(errors, way, mask, torch.float64, sinks, 0.4)) < 1e-12
 
 
 @pytest.mark.parametrize("way", context.WAYS)

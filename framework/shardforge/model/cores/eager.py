@@ -20,8 +20,8 @@ from shardforge.nn.sequence import Mask, Sequence
 @cores.register("eager")
 @dataclass(frozen=True, kw_only=True)
 class EagerConfig:
-    def build(self, mask: Mask, scale: float, sinks: bool = False) -> Eager:
-        return Eager(mask, scale, sinks)
+    def build(self, mask: Mask, scale: float, sinks: bool = False, softcap: float | None = None) -> Eager:
+        return Eager(mask, scale, sinks, softcap)
 
 
 class Eager(AttentionCore):
@@ -30,6 +30,8 @@ class Eager(AttentionCore):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [b, n, s, d], [b, m, s, d]
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         score = (q @ k.transpose(2, 3) * self.scale).to(torch.promote_types(q.dtype, torch.float32))
+        if self.softcap is not None:
+            score = self.softcap * (score / self.softcap).tanh()
         score = score.masked_fill(~seq.tables[self.mask], float("-inf"))
         if sinks is not None:
             score = torch.cat([score, sinks.to(score.dtype)[:, None, None].expand(*score.shape[:3], 1)], -1)

@@ -1,7 +1,7 @@
 """The flash-attn package, on documents laid end to end.
 
 Paper: Dao 2023, "FlashAttention-2", arXiv:2307.08691.
-Changes: fused; each document is its own sequence, so no mask exists at all.
+Changes: fused; each document is its own sequence, so no mask exists at all. A softcap is the package's own.
 Cost: visible pairs only.
 Limits: CUDA, float16 or bfloat16, heads of at most 256 channels, causal or windowed masks, no sinks, because the
     package forgets the gradient of the log-sum-exp; needs `pip install 'shardforge[flash]'`.
@@ -30,7 +30,7 @@ WIDEST = 256
 @cores.register("flash")
 @dataclass(frozen=True, kw_only=True)
 class FlashConfig:
-    def build(self, mask: Mask, scale: float, sinks: bool = False) -> Flash:
+    def build(self, mask: Mask, scale: float, sinks: bool = False, softcap: float | None = None) -> Flash:
         if sinks:
             raise RecipeError(
                 "flash-attn has no softmax with sinks, and gives its log-sum-exp no gradient from which to make one",
@@ -38,20 +38,21 @@ class FlashConfig:
                 "model.core: auto, flex or sdpa; or sinks: none in every mixer",
             )
         package = require("flash_attn", for_="model.core: flash", extra="flash", field="model.core")
-        return Flash(mask, scale, package.flash_attn_varlen_func)
+        return Flash(mask, scale, package.flash_attn_varlen_func, softcap)
 
 
 class Flash(AttentionCore):
-    def __init__(self, mask: Mask, scale: float, attend):
-        super().__init__(mask, scale)
-        self.attend = attend
+    def __init__(self, mask: Mask, scale: float, attend, softcap: float | None = None):
+        super().__init__(mask, scale, softcap=softcap)
+        self.attend = attend if softcap is None else functools.partial(attend, softcap=softcap)
 
     def taking(self, width: int) -> AttentionCore:
         if width <= WIDEST:
             return self
-        kind = "flex" if torch.cuda.is_available() and installed("triton") else "sdpa"
+        fused = "sdpa" if self.softcap is None else "eager"
+        kind = "flex" if torch.cuda.is_available() and installed("triton") else fused
         _tell(kind, width)
-        return cores[kind]().build(self.mask, self.scale)
+        return cores[kind]().build(self.mask, self.scale, softcap=self.softcap)
 
     def prepare(self, seq: Sequence) -> None:
         seq.prepare("flash", lambda: runs(seq))

@@ -2,7 +2,7 @@
 
 Paper: Dong et al. 2024, "Flex Attention", arXiv:2412.05496.
 Changes: fused and block-sparse; compiled on CUDA. Sinks scale the result by what they leave to the keys, which follows
-    from the log-sum-exp of the scores.
+    from the log-sum-exp of the scores; a softcap is a function of each score inside the kernel.
 Cost: blocks of 128 x 128 visible pairs only.
 Limits: torch has no backward for it on CPU, so there it serves evaluation only.
 """
@@ -24,8 +24,8 @@ from shardforge.nn.sequence import Mask, Sequence
 @cores.register("flex")
 @dataclass(frozen=True, kw_only=True)
 class FlexConfig:
-    def build(self, mask: Mask, scale: float, sinks: bool = False) -> Flex:
-        return Flex(mask, scale, sinks)
+    def build(self, mask: Mask, scale: float, sinks: bool = False, softcap: float | None = None) -> Flex:
+        return Flex(mask, scale, sinks, softcap)
 
 
 class Flex(AttentionCore):
@@ -49,9 +49,11 @@ class Flex(AttentionCore):
             raise EngineError(
                 "FlexAttention has no backward on CPU", "model.core", "train with model.core: auto, sdpa or eager"
             )
+        bend = None if self.softcap is None else _bend(self.softcap)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         attend = functools.partial(
             _attend(q.device.type),
+            score_mod=bend,
             block_mask=seq.tables["flex", self.mask],
             scale=self.scale,
             enable_gqa=q.shape[1] != k.shape[1],
@@ -62,6 +64,16 @@ class Flex(AttentionCore):
 
         y, beside = attend(q, k, v, return_aux=AuxRequest(lse=True))
         return (y * kept(beside.lse, sinks)[..., None].to(y.dtype)).transpose(1, 2)
+
+
+@functools.cache
+def _bend(cap: float):
+    """cap * tanh(score / cap), one function for each cap, so that layers of the same share a compiled kernel."""
+
+    def bent(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return cap * torch.tanh(score / cap)
+
+    return bent
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 Paper: Dao 2023, "FlashAttention-2", arXiv:2307.08691, through torch.nn.functional.scaled_dot_product_attention.
 Changes: fused; scores are never whole in memory, the mask is (four bytes a pair of positions).
 Cost: as attention. Sinks are one more key, and heads at most eight channels wider.
+Limits: no softcap: the fused kernels have no curve on the scores.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shardforge.core.errors import RecipeError
 from shardforge.core.slots import cores
 from shardforge.model.attention import AttentionCore
 from shardforge.nn.sequence import Mask, Sequence, visible
@@ -21,7 +23,13 @@ from shardforge.nn.sequence import Mask, Sequence, visible
 @cores.register("sdpa")
 @dataclass(frozen=True, kw_only=True)
 class SDPAConfig:
-    def build(self, mask: Mask, scale: float, sinks: bool = False) -> SDPA:
+    def build(self, mask: Mask, scale: float, sinks: bool = False, softcap: float | None = None) -> SDPA:
+        if softcap is not None:
+            raise RecipeError(
+                f"torch's fused attention cannot bend its scores to stay within softcap={softcap}",
+                "model.core",
+                "model.core: auto or eager, or on CUDA flex; or no softcap in any mixer",
+            )
         return SDPA(mask, scale, sinks)
 
 

@@ -1,7 +1,8 @@
 """A learned vector for each token.
 
 Paper: Vaswani et al. 2017, "Attention Is All You Need", arXiv:1706.03762, section 3.4.
-Changes: x = scale * table[token].
+Changes: x = scale * table[token], the scale rounded to the type of the vectors, as in Gemma Team 2024, "Gemma",
+    arXiv:2403.08295, and its released code: bfloat16 makes 55.5 of sqrt(3072) = 55.43.
 Cost: a lookup.
 """
 
@@ -36,4 +37,4 @@ class Token(Table):
 
     def forward(self, tokens: Tensor, seq: Sequence) -> Tensor:  # [b, s] -> [b, s, h]
         x = super().forward(tokens)
-        return x if self.scale == 1.0 else x * self.scale
+        return x if self.scale == 1.0 else x * x.new_full((), self.scale)

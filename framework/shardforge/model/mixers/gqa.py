@@ -4,6 +4,7 @@ Paper: Ainslie et al. 2023, "GQA", arXiv:2305.13245; kv_heads = heads is Vaswani
     kv_heads = 1 is Shazeer 2019, "One Write-Head is All You Need", arXiv:1911.02150.
 Changes: query head i reads key/value head i * kv_heads // heads. `sinks: learned` adds e^sink of each query head to the
     softmax's denominator, and nothing to its numerator (OpenAI 2025, gpt-oss, arXiv:2508.10925); sinks start at 0.
+    `softcap` c bends the scaled scores s to c * tanh(s / c) (Gemma Team 2024, "Gemma 2", arXiv:2408.00118, section 2).
 Cost: hidden * head_dim * (2 * heads + 2 * kv_heads) weights; 4 * heads * head_dim FLOP a visible pair.
 """
 
@@ -38,13 +39,17 @@ class GQAConfig:
     qk_norm_over: Literal["head", "all"] = option("head", "normalize each head alone, or all heads of a token together")
     bias: Literal["none", "qkv", "all"] = option("none", "which projections have biases")
     scale: float | None = option(None, "factor on the scores; empty means 1/sqrt(head_dim)", above=0)
+    softcap: float | None = option(
+        None, "bound that scores approach and never reach, by cap * tanh(score / cap); empty for none", above=0
+    )
     sinks: Literal["none", "learned"] = option(
         "none", "a score of each query head that belongs to no key: it takes weight from all keys and adds no value"
     )
 
     def __post_init__(self) -> None:
         if self.heads % (self.kv_heads or self.heads):
-            fits = [m for m in range(1, self.heads + 1) if self.heads % m == 0]
+            low = [m for m in range(1, math.isqrt(self.heads) + 1) if self.heads % m == 0]
+            fits = sorted({*low, *(self.heads // m for m in low)})
             near = min(fits, key=lambda m: abs(m - self.kv_heads))
             raise RecipeError(f"heads={self.heads} is no multiple of kv_heads={self.kv_heads}", fix=f"kv_heads: {near}")
 
@@ -74,7 +79,7 @@ class GQA(Module):
         self.register_parameter("sinks", None)
         if cfg.sinks == "learned":
             self.declare("sinks", Dim("heads", cfg.heads), init=zeros)
-        self.core = ctx.core.build(cfg.mask, scale, cfg.sinks == "learned")
+        self.core = ctx.core.build(cfg.mask, scale, cfg.sinks == "learned", cfg.softcap)
         self.out = Linear(n, h, ctx.out_of(n), cfg.bias == "all")
 
     def split(self, x: Tensor, norm: nn.Module | None) -> Tensor:  # [b, s, n * d] -> [b, s, n, d]

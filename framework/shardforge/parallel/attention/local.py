@@ -22,13 +22,14 @@ FEWEST = 16
 
 @dataclass(frozen=True)
 class Rule:
-    """What queries see of some keys, both runs of one sequence, and the factor on the scores."""
+    """What queries see of some keys, both runs of one sequence, the factor on the scores and their bound."""
 
     mask: Mask
     scale: float
     queries: Places
     keys: Places
     distance: int  # tokens from the first key to the first query, negative where it comes later
+    softcap: float | None = None
 
     def reach(self, rows: slice) -> slice:
         """The keys that some of these queries can see, if all are of one document."""
@@ -66,7 +67,10 @@ def local_gradients(
         weight = (score - finite(total[..., rows])[..., None]).exp_()
         mine = grad[..., rows, :]
         dv[:, :, keys] += product(weight.to(v.dtype).flatten(2, 3).mT, mine.flatten(2, 3))
-        slope = (product(mine, v[:, :, keys].mT) - delta[..., rows, None]).mul_(weight).mul_(rule.scale).to(q.dtype)
+        slope = (product(mine, v[:, :, keys].mT) - delta[..., rows, None]).mul_(weight).mul_(rule.scale)
+        if rule.softcap is not None:  # d tanh = 1 - tanh^2; where a key is not seen the slope is zero already
+            slope.mul_(1 - (score.clamp_(min=-rule.softcap) / rule.softcap).square())
+        slope = slope.to(q.dtype)
         dq.append(product(slope, k[:, :, keys]))
         dk[:, :, keys] += product(slope.flatten(2, 3).mT, q[..., rows, :].flatten(2, 3))
     return torch.cat(dq, 3).to(total.dtype), dk, dv
@@ -111,6 +115,8 @@ def tiles(q: Tensor, rule: Rule) -> Iterator[tuple[slice, slice]]:
 def scores(q: Tensor, k: Tensor, rule: Rule, rows: slice, keys: slice) -> Tensor:
     """[b, m, g, s, t], -inf where a key is not seen."""
     score = product(q[..., rows, :], k[:, :, keys].mT).to(torch.promote_types(q.dtype, torch.float32)) * rule.scale
+    if rule.softcap is not None:
+        score = score.div_(rule.softcap).tanh_().mul_(rule.softcap)
     hidden = ~seen(rule.mask, rule.queries.at(rows), rule.keys.at(keys))
     return score.masked_fill_(hidden[:, None, None], float("-inf"))
 

@@ -10,7 +10,7 @@ Cost: keys and values of one rank in memory at a time, cp - 1 passes of them for
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -41,26 +41,33 @@ class Ring:
     traced: ClassVar[bool] = False
 
     def prepare(self, core: Module, seq: Sequence) -> None:
-        seq.prepare(("ring", core.mask, core.scale), lambda: plan(core.mask, core.scale, seq, self.group))
+        seq.prepare(_name(core), lambda: plan(core.mask, core.scale, seq, self.group, core.softcap))
 
     def forward(
         self, core: Module, q: Tensor, k: Tensor, v: Tensor, seq: Sequence, sinks: Tensor | None = None
     ) -> Tensor:
-        return _Ring.apply(q, pack(k, v), k.shape[-1], seq.tables["ring", core.mask, core.scale], self.group, sinks)
+        return _Ring.apply(q, pack(k, v), k.shape[-1], seq.tables[_name(core)], self.group, sinks)
 
     @staticmethod
     def describe(core: Module, cp: int, length: int) -> str:
         return f"ring: keys and values of {length // cp} tokens at a time, {cp} times"
 
 
-def plan(mask: Mask, scale: float, seq: Sequence, group: ProcessGroup) -> list[list[Block]]:
+def _name(core: Module) -> tuple[Any, ...]:
+    """Of what is planned for cores that compute the same."""
+    return "ring", core.mask, core.scale, core.softcap
+
+
+def plan(
+    mask: Mask, scale: float, seq: Sequence, group: ProcessGroup, softcap: float | None = None
+) -> list[list[Block]]:
     """What this rank computes when it holds its own keys, those of the rank to the left, and so on."""
     cp, rank, places = group.size(), group.rank(), whole(seq, group)
     size, pairs = places.positions.shape[1] // (2 * cp), visible_pairs(mask, places.documents, cp)
 
     def rule(query: int, key: int) -> Rule:
         queries, keys = (places.at(slice(number * size, (number + 1) * size)) for number in (query, key))
-        return Rule(mask, scale, queries, keys, (query - key) * size)
+        return Rule(mask, scale, queries, keys, (query - key) * size, softcap)
 
     hops = []
     for hop in range(cp):
