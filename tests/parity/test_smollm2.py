@@ -30,7 +30,7 @@ def folder(tmp_path_factory) -> Path:
     for package in (smollm2.PACKAGE, "gguf", "transformers"):
         if not installed(package):
             pytest.skip(f"{package} is not installed")
-    path = tmp_path_factory.mktemp("smollm2")
+    path = tmp_path_factory.mktemp("smollm2") / "folder"
     smollm2.convert(path)
     return path
 

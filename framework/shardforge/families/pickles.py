@@ -12,6 +12,8 @@ import collections
 import pickle
 import sys
 import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,6 +21,20 @@ import torch
 from torch.distributed.checkpoint import filesystem, metadata
 
 from shardforge.core.errors import CheckpointError
+
+
+@dataclass
+class Fragment:
+    """Where DeepSpeed keeps a part of a weight in a flat tensor."""
+
+    numel: int = 0
+    start: int = 0
+
+
+def _plain(made: Callable[..., Any], kind: Any, args: Any, state: Any) -> Any:
+    """A tensor without the class and the attributes that it was saved with."""
+    return made(*args)
+
 
 HARMLESS: dict[tuple[str, str], Any] = {
     ("argparse", "Namespace"): argparse.Namespace,
@@ -28,6 +44,8 @@ HARMLESS: dict[tuple[str, str], Any] = {
     ("torch", "Size"): torch.Size,
     ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
     ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+    ("torch._tensor", "_rebuild_from_type_v2"): _plain,
+    ("deepspeed.utils.tensor_fragment", "fragment_address"): Fragment,
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
     **{("torch.distributed.checkpoint.metadata", name): getattr(metadata, name) for name in metadata.__all__},
     ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"): metadata._MEM_FORMAT_ENCODING,

@@ -35,6 +35,14 @@ def test_tensors_and_plain_things_come_back(tmp_path):
     assert (read["settings"], read["order"]) == (what["settings"], what["order"])
 
 
+def test_a_tensor_with_attributes_comes_back_without_them(tmp_path):
+    weight = torch.ones(2, 3)
+    weight.owner = Unknown()
+    torch.save(weight, tmp_path / "x.pt")
+    read = read_saved(tmp_path / "x.pt")
+    assert torch.equal(read, torch.ones(2, 3)) and not hasattr(read, "owner")
+
+
 def test_what_is_not_known_is_inert_and_the_rest_is_read(tmp_path):
     torch.save({"odd": Unknown(), "odder": [os.system, Harmful()], "plain": 5}, tmp_path / "x.pt")
     read = read_saved(tmp_path / "x.pt")
