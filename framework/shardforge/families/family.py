@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import shardforge.families.kinds
+from shardforge.families.linked import Tensors
 from shardforge.families.settings import Settings
 from shardforge.families.table import Row
 
@@ -30,10 +31,16 @@ class Family:
 
     architectures: tuple[str, ...]  # as config.json names them
     model: Callable[[Settings], dict[str, Any]]
-    table: tuple[Row, ...]
+    config: Callable[[dict[str, Any]], dict[str, Any]]  # a whole model section -> config.json; see families.publish
+    table: Callable[[dict[str, Any]], Sequence[Row]]  # of a whole model section
     tied: str  # the name that a file may give the head's copy of the embedding, when they are tied
     spare: tuple[str, ...] = ()  # regular expressions of tensors that hold nothing learned
     optional: str = ""  # what some files leave out before every name
+    decoded: Callable[[Tensors, Settings], Tensors] | None = None  # reads quantised weights; None: there are none
+    present: Callable[[dict[str, Any], Collection[str]], dict[str, Any]] | None = None
+    """A whole model section without the modules of which a file with these names holds nothing; None: as it is."""
+    held: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    """A whole model section as the weights that `table` writes mean it; None: as it is."""
 
 
 def families() -> dict[str, Family]:
@@ -46,26 +53,51 @@ def families() -> dict[str, Family]:
     return dict(sorted(found.items()))
 
 
-def rope(settings: Settings) -> dict[str, Any]:
-    """The rotary position, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    told = dict(settings.get("rope_parameters") or settings.get("rope_scaling") or {})
-    base = told.pop("rope_theta", None) or settings.get("rope_theta", 10000.0)
-    fraction = told.pop("partial_rotary_factor", None) or settings.get("partial_rotary_factor", 1.0)
-    position: dict[str, Any] = {"kind": "rope", "base": float(base), "fraction": float(fraction)}
-    kind = told.pop("rope_type", None) or told.pop("type", None) or "default"
-    told.pop("type", None)
-    if kind == "default":
-        return position
-    if kind not in SCALINGS:
+def rope(settings: Settings, base: float = 10000.0) -> dict[str, Any]:
+    """The rotary position, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
+
+    `base` is the architecture's own, where the settings have no say."""
+    before = settings.get("rope_scaling", {})
+    told = dict(settings.get("rope_parameters", {}) or before)
+    position: dict[str, Any] = {"kind": "rope"}
+    for ours, theirs, usual in (("base", "rope_theta", base), ("fraction", "partial_rotary_factor", 1.0)):
+        alone = settings.get(theirs, usual)
+        found = told.pop(theirs, None) or alone
+        if type(found) not in (int, float) or found <= 0:
+            settings.wrong(f"{theirs}={found!r} of the positions is no positive number")
+            found = usual
+        position[ours] = float(found)
+    kinds = [told.pop(word, None) for word in ("rope_type", "type")]
+    kind = str(kinds[0] or kinds[1] or "default")
+    if kind != "default" and kind not in SCALINGS:
         settings.wrong(f"rope_type={kind!r} is not supported, only {', '.join(['default', *SCALINGS])}")
         return position
-    names = SCALINGS[kind]
-    if "original_length" in names.values():
-        told.setdefault("original_max_position_embeddings", settings.get("max_position_embeddings"))
-    for key in told.keys() - names.keys():
+    names = SCALINGS.get(kind, {})
+    longest = settings.get("max_position_embeddings")
+    if "original_length" in names.values() and told.get("original_max_position_embeddings") is None:
+        told["original_max_position_embeddings"] = longest
+    if kind == "dynamic" and told["original_max_position_embeddings"] != longest:
+        what = f"original_max_position_embeddings={told['original_max_position_embeddings']} of rope_type='dynamic'"
+        settings.wrong(f"{what} is not max_position_embeddings={longest}, which is what counts there")
+    for key in sorted(told.keys() - names.keys()):
         settings.wrong(f"{key} is not a field of rope_type={kind!r} that is supported")
     given = {ours: told[theirs] for theirs, ours in names.items() if told.get(theirs) is not None}
-    return position | {"scaling": {"kind": kind} | given}
+    return position | {"scaling": {"kind": kind} | given} if names else position
+
+
+def rope_config(position: Mapping[str, Any]) -> dict[str, Any]:
+    """What `rope` reads of config.json, from a rotary position: in the words that transformers before 5 knows too."""
+    found: dict[str, Any] = {"rope_theta": position["base"]}
+    if position["fraction"] != 1.0:
+        found["partial_rotary_factor"] = position["fraction"]
+    scaling = position["scaling"]
+    if scaling is not None:
+        names = SCALINGS[scaling["kind"]]
+        given = {theirs: scaling[ours] for theirs, ours in names.items() if scaling[ours] is not None}
+        found["rope_scaling"] = {"rope_type": scaling["kind"], **given}
+        if scaling["kind"] == "dynamic":
+            found["max_position_embeddings"] = scaling["original_length"]
+    return found
 
 
 def numbered(settings: Settings, blocks: Mapping[str, dict[str, Any]], names: list[str]) -> dict[str, Any]:
@@ -77,31 +109,20 @@ def numbered(settings: Settings, blocks: Mapping[str, dict[str, Any]], names: li
     return {"blocks": {name: blocks[name] for name in dict.fromkeys(names)}, "stack": stack}
 
 
-def windows(settings: Settings, layers: int, windowed: bool) -> list[int | None]:
-    """Keys that each layer sees at most, None for all of its document; `windowed` where the settings have no say."""
-    size, kinds = settings.get("sliding_window"), settings.get("layer_types")
-    if kinds is not None:
-        known = {"full_attention": None, "sliding_attention": size}
-        for kind in sorted(set(kinds) - known.keys()):
-            settings.wrong(f"layer_types has {kind!r}, only {' and '.join(known)} are supported")
-        if len(kinds) != layers:
-            settings.wrong(f"layer_types has {len(kinds)} entries, num_hidden_layers is {layers}")
-        return [known.get(kind) for kind in kinds]
-    if not settings.get("use_sliding_window", windowed):
-        return [None] * layers
-    first = settings.get("max_window_layers", 0)
-    return [size if layer >= first else None for layer in range(layers)]
-
-
-def masked(
-    settings: Settings, mixer: dict[str, Any], block: dict[str, Any], layers: int, windowed: bool
-) -> dict[str, Any]:
-    """Blocks and stack of layers that differ in their window alone; `mixer` completes `block`."""
-    sizes = windows(settings, layers, windowed)
-    names = ["dense" if size is None else "near" for size in sizes]
-    size = next((size for size in sizes if size is not None), None)
-    near = mixer | {"mask": {"kind": "window", "size": size}}
-    return numbered(settings, {"dense": {"mixer": mixer, **block}, "near": {"mixer": near, **block}}, names)
+def windows(settings: Settings, layers: int, size: int | None, otherwise: Sequence[int | None]) -> list[int | None]:
+    """Keys that each layer sees at most, None for all of its document: `size` where layer_types say so, and
+    `otherwise` where there are no layer_types."""
+    kinds = [str(kind) for kind in settings.get("layer_types", [])]
+    if not kinds:
+        return list(otherwise)
+    known = {"full_attention": None, "sliding_attention": size}
+    for kind in sorted(set(kinds) - known.keys()):
+        settings.wrong(f"layer_types has {kind!r}, only {' and '.join(known)} are supported")
+    if len(kinds) != layers:
+        settings.wrong(f"layer_types has {len(kinds)} entries, num_hidden_layers is {layers}")
+    if "sliding_attention" in kinds and size is None:
+        settings.wrong("layer_types has 'sliding_attention', and no sliding_window is set")
+    return [known.get(kind) for kind in kinds]
 
 
 SCALINGS: dict[str, dict[str, str]] = {

@@ -13,13 +13,11 @@ from torch import Tensor, nn
 from shardforge.checkpoint import state
 from shardforge.checkpoint.tensorfile import TYPES
 from shardforge.core.errors import CheckpointError, ForgeError, Problems
-from shardforge.families.source import Info
-from shardforge.families.table import Place, Row, places
+from shardforge.families.section import config
+from shardforge.families.source import BARE, Beside, Info
+from shardforge.families.statemap import Group, Read, StateMap
+from shardforge.families.table import Row
 from shardforge.model.build import build
-from shardforge.recipe.build import build as fill
-from shardforge.recipe.model import ModelConfig
-from shardforge.recipe.provenance import plain
-from shardforge.recipe.tree import Origin, wrap
 
 SHOWN = 40
 
@@ -27,14 +25,17 @@ SHOWN = 40
 class Tensors(Protocol):
     """Whole tensors under the names that another program gave them."""
 
-    path: Path
-    names: Mapping[str, Info]
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def names(self) -> Mapping[str, Info]: ...
 
     def read(self, name: str) -> Tensor: ...
 
 
 class LinkedSource:
-    """See `families.source.Source`. `model` is the model section that `origin` describes, in the least words.
+    """See `families.source.Source`. `model` is the whole model section that `origin` describes.
 
     Problems lists every weight that is missing, has another shape than the model says, or has no place in it, except
     those whose names match one of `spare`.
@@ -46,76 +47,80 @@ class LinkedSource:
     def __init__(
         self,
         tensors: Tensors,
-        model: Mapping[str, Any],
+        model: dict[str, Any],
         table: Sequence[Row],
         *,
         origin: Path,
         spare: Sequence[str] = (),
+        beside: Beside = BARE,
     ):
-        self.path, self.tensors = tensors.path, tensors
-        config, _ = fill(ModelConfig, wrap(model, Origin(str(origin))))
-        self.model: dict[str, Any] = plain(config)
-        wanted = {name: tuple(each["shape"]) for name, each in state.table(build(config, nn.Identity())).items()}
-        found = dict(places(table, wanted))
-        problems = [*self._unlike(wanted, found, origin), *self._left(found, spare)]
+        self.path, self.tensors, self.beside = tensors.path, tensors, beside
+        self.model = model
+        built = build(config(model, origin), nn.Identity())
+        wanted = {name: tuple(each["shape"]) for name, each in state.table(built).items()}
+        self.map = StateMap(table, wanted)
+        problems = [*self._unlike(wanted, origin), *self._left(spare)]
         if problems:
             raise Problems(_few(problems), f"the weights in {self.path}")
-        self._places: dict[str, Place] = {name: place for name, place in found.items() if place is not None}
-        self.names = {name: Info(wanted[name], self._dtype(place)) for name, place in self._places.items()}
+        self.names = {name: Info(shape, self._dtype(name)) for name, shape in wanted.items()}
 
     def read(self, name: str) -> Tensor:
-        place = self._places[name]
-        theirs = [self.tensors.read(each) for each in place.theirs]
-        mine = place.form.ours(theirs)[place.part]
+        return self._made(name, self.tensors.read)
+
+    def _made(self, name: str, read: Read) -> Tensor:
+        """A weight of ours, or what the optimizer keeps for it, of what `read` gives under their names."""
+        group, part = self.map.place(name)
+        theirs = [read(each) for each in group.theirs]
+        mine = group.form.ours(theirs)[part]
         whole = sum(each.numel() for each in theirs)
         return mine.contiguous() if mine.numel() == whole else mine.clone(memory_format=torch.contiguous_format)
 
     def read_moment(self, kind: str, name: str) -> Tensor:
         raise CheckpointError(f"there is no {kind} of {name}: only weights are here", self.path, "drop the moments")
 
-    def _dtype(self, place: Place) -> str:
-        return self.tensors.names[place.theirs[0]].dtype
+    def _dtype(self, name: str) -> str:
+        return self.tensors.names[self.map.place(name)[0].theirs[0]].dtype
 
-    def _unlike(
-        self, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, Place | None], origin: Path
-    ) -> list[ForgeError]:
+    def _unlike(self, wanted: Mapping[str, tuple[int, ...]], origin: Path) -> list[ForgeError]:
         """Weights of the model that are not there, or not of its shape."""
-        problems: list[ForgeError] = []
-        for name, shape in wanted.items():
-            place = found[name]
-            if place is None:
-                problems.append(CheckpointError(f"{name} {list(shape)} has no name in this family", self.path))
-            elif missing := [each for each in place.theirs if each not in self.tensors.names]:
-                problems.append(
-                    CheckpointError(f"{', '.join(missing)} is missing, for {name} {list(shape)}", self.path)
-                )
-            elif (here := self._shape(place)) != shape:
-                what = f"{', '.join(place.theirs)} gives {name} {_shape(here)}, {origin.name} says {list(shape)}"
-                problems.append(CheckpointError(what, self.path))
+        problems: list[ForgeError] = [
+            CheckpointError(f"{name} {list(wanted[name])} has no name in this family", self.path)
+            for name in self.map.unnamed
+        ]
+        for group in self.map.groups:
+            told = ", ".join(f"{name} {list(wanted[name])}" for name in group.ours)
+            missing = [each for each in group.theirs if each not in self.tensors.names]
+            if missing:
+                problems.append(CheckpointError(f"{', '.join(missing[:3])} is missing, for {told}", self.path))
+                continue
+            here = self._shapes(group)
+            for part, name in enumerate(group.ours):
+                if here is None or here[part] != wanted[name]:
+                    gives = "nothing that can be cut so" if here is None else str(list(here[part]))
+                    theirs = ", ".join(group.theirs[:3])
+                    what = f"{theirs} gives {name} {gives}, {origin.name} says {list(wanted[name])}"
+                    problems.append(CheckpointError(what, self.path))
         return problems
 
-    def _shape(self, place: Place) -> tuple[int, ...] | None:
-        """Of our weight, from the shapes of theirs; None when they cannot be cut as the form says."""
-        infos = [self.tensors.names[name] for name in place.theirs]
+    def _shapes(self, group: Group) -> list[tuple[int, ...]] | None:
+        """Of our weights, from the shapes of theirs; None when they cannot be cut as the form says."""
+        infos = [self.tensors.names[name] for name in group.theirs]
         theirs = [torch.empty(info.shape, dtype=TYPES[info.dtype][0], device="meta") for info in infos]
         try:
-            return tuple(place.form.ours(theirs)[place.part].shape)
+            made = [tuple(each.shape) for each in group.form.ours(theirs)]
         except (RuntimeError, IndexError, ValueError):
             return None
+        return made if len(made) == len(group.ours) else None
 
-    def _left(self, found: Mapping[str, Place | None], spare: Sequence[str]) -> list[ForgeError]:
+    def _left(self, spare: Sequence[str]) -> list[ForgeError]:
         """Tensors that are there and no weight of the model."""
-        used = {each for place in found.values() if place for each in place.theirs}
+        used = {each for group in self.map.groups for each in group.theirs}
         idle = re.compile("|".join(f"(?:{each})" for each in spare) or r"(?!)")
         left = [name for name in self.tensors.names if name not in used and not idle.fullmatch(name)]
         return [
             CheckpointError(f"{name} {list(self.tensors.names[name].shape)} has no place in this model", self.path)
             for name in left
         ]
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "nothing that can be cut so" if shape is None else str(list(shape))
 
 
 def _few(problems: list[ForgeError]) -> list[ForgeError]:

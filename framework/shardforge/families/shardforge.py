@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ from shardforge.checkpoint.storage import stored
 from shardforge.checkpoint.tensorfile import TYPES
 from shardforge.core.errors import CheckpointError
 from shardforge.core.rundir import RunDir
-from shardforge.families.source import Info
+from shardforge.families.source import Beside, Info, belonging
 from shardforge.recipe.load import load
 from shardforge.recipe.provenance import plain
 
 MODEL, OPTIM = "model.", "optim."
+BESIDE, TOKENIZER = "beside", "tokenizer"
+"""What a conversion adds: in `extra` of the manifest special tokens and length, and a folder of a run directory."""
 
 
 def step_folder(path: Path) -> Path | None:
@@ -43,7 +45,9 @@ class RunSource:
         self.path = folder
         manifest, self._entries = audit.opened(folder)
         self.step = int(manifest["step"])
-        self.model: dict[str, Any] = plain(load(recipe_of(folder)).recipe.model)
+        recipe = plain(load(recipe_of(folder)).recipe)
+        self.model: dict[str, Any] = recipe["model"]
+        self.beside = _beside(folder, self.step, recipe, manifest.get("extra") or {})
         self.names = {name: _info(entry) for name, entry in self._part(MODEL)}
         self.moments, self.counts = _kept(self.names, dict(self._part(OPTIM)))
 
@@ -74,6 +78,8 @@ class RunSource:
 
     def _read(self, name: str) -> Tensor:
         entry = self._entries[name]
+        if len(entry.chunks) == 1:
+            return next(self._boxes(entry))[1]
         whole = torch.empty(entry.shape, dtype=TYPES[entry.dtype][0])
         for offsets, numbers in self._boxes(entry):
             whole[tuple(slice(at, at + size) for at, size in zip(offsets, numbers.shape, strict=True))] = numbers
@@ -89,6 +95,28 @@ def recipe_of(folder: Path) -> Path:
         "no recipe.yaml says what model this is a checkpoint of",
         folder,
         "name the folder inside its run directory, or put a copy of the run's recipe.yaml into it",
+    )
+
+
+def tokenizer_of(recipe: Mapping[str, Any]) -> tuple[Path, ...]:
+    """The tokenizer.json that a recipe builds its corpus with, and what lies beside it; () where it names none."""
+    build = (recipe.get("data") or {}).get("build") or {}
+    named = (build.get("tokenizer") or {}).get("path")
+    return belonging(Path(named).parent) if named and Path(named).is_file() else ()
+
+
+def _beside(folder: Path, step: int, recipe: dict[str, Any], extra: Mapping[str, Any]) -> Beside:
+    """Weights that a conversion brought have no run behind them: neither step nor data, and another's tokenizer."""
+    brought = extra.get(BESIDE) or {}
+    rest = {key: value for key, value in extra.items() if key != BESIDE}
+    alone = bool(brought) and not rest
+    return Beside(
+        step=(step or None) if alone else step,
+        recipe=None if alone else recipe,
+        extra=None if alone else rest,
+        length=brought.get("length") if brought else (recipe.get("train") or {}).get("seq_len"),
+        tokens=brought.get("tokens") or {},
+        tokenizer=belonging(recipe_of(folder).parent / TOKENIZER) or tokenizer_of(recipe),
     )
 
 

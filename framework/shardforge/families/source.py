@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,17 +18,78 @@ class Info:
     dtype: str
 
 
+@dataclass(frozen=True)
+class Extract:
+    """A file that lies inside of another: name and content, as a `Path` has them."""
+
+    name: str
+    make: Callable[[], bytes]
+
+    def read_bytes(self) -> bytes:
+        return self.make()
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What lies beside the weights, as far as it is known."""
+
+    step: int | None = None  # optimizer steps that made them
+    recipe: Mapping[str, Any] | None = None  # a whole recipe as plain data, of which `Source.model` is the model
+    extra: Mapping[str, Any] | None = None  # as of `step`: what a ShardForge checkpoint keeps of data, schedule, random
+    length: int | None = None  # tokens of the longest sequence that they are made for
+    tokens: Mapping[str, Any] = field(default_factory=dict)  # "bos_token_id": 1 and the like, as config.json has them
+    tokenizer: tuple[Path | Extract, ...] = ()  # files that belong to a tokenizer, generation_config.json among them
+    unread: tuple[str, ...] = ()  # what is there and cannot be taken along, a line each
+
+
+BARE = Beside()
+KEPT = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+)
+
+
+def belonging(folder: Path) -> tuple[Path, ...]:
+    """The files of a folder that go along with the weights wherever these go."""
+    return tuple(sorted({file for each in KEPT for file in folder.glob(each) if file.is_file()}))
+
+
 class Source(Protocol):
     """Weights under ShardForge's names. Nothing is read before it is asked for, and nothing is ever written.
 
     Reading holds one weight in memory, and of weights that lie fused in a file all that are fused with it.
     """
 
-    path: Path
-    model: dict[str, Any]  # the `model` section of a recipe, every field of it, as plain data
-    names: Mapping[str, Info]  # "blocks.3.ffn.gate.weight", in the order of the model
-    moments: tuple[str, ...]  # the optimizer's tensors that every weight has, ("exp_avg", "exp_avg_sq"); () for none
-    counts: tuple[str, ...]  # single numbers that it keeps for every weight, ("step",)
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The `model` section of a recipe, every field of it, as plain data."""
+        ...
+
+    @property
+    def names(self) -> Mapping[str, Info]:
+        """The weights, "blocks.3.ffn.gate.weight", in the order of the model."""
+        ...
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """The optimizer's tensors that every weight has, ("exp_avg", "exp_avg_sq"); () for none."""
+        ...
+
+    @property
+    def counts(self) -> tuple[str, ...]:
+        """Single numbers that the optimizer keeps for every weight, ("step",)."""
+        ...
+
+    @property
+    def beside(self) -> Beside: ...
 
     def read(self, name: str) -> Tensor:
         """The whole weight on the CPU, in the type of `names`. CheckpointError when the file cannot give it."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,14 +15,13 @@ from shardforge.core.rundir import RunDir
 from shardforge.engine.base import Engine
 from shardforge.families.open import open_source
 from shardforge.families.pieces import fill
+from shardforge.families.section import apart, whole
 from shardforge.families.shardforge import RunSource
 from shardforge.families.source import Source
 from shardforge.model.build import build
-from shardforge.recipe.build import build as filled
 from shardforge.recipe.model import ModelConfig
-from shardforge.recipe.provenance import differences, plain
+from shardforge.recipe.provenance import plain
 from shardforge.recipe.schema import Recipe
-from shardforge.recipe.tree import Origin, wrap
 
 log = logger("train")
 
@@ -32,8 +29,6 @@ FIELD = "train.start"
 MOMENTS = f"{FIELD}_moments"
 PREFIX, STATE = "model.", "optim."
 DROPPED = f"{MOMENTS}: dropped begins with a fresh optimizer"
-ELSEWHERE = {"core", "init", "dropout", "balance", "z_loss", "evaluation"}
-"""Fields of a model that do not change what it computes in evaluation."""
 
 
 def find(recipe: Recipe, run_dir: RunDir) -> Source | None:
@@ -120,15 +115,5 @@ def identity(source: Source) -> dict[str, Any]:
 
 def meanings(there: Mapping[str, Any], here: ModelConfig) -> list[str]:
     """Fields that give the same shapes another meaning, such as the base of positions: once for all layers."""
-    config, _ = filled(ModelConfig, wrap(there, Origin(FIELD)))
-    changes: dict[str, str] = {}
-    for field, old, new in differences(_layers(config), _layers(here)):
-        if ELSEWHERE.isdisjoint(re.split(r"[.\[]", field)):
-            changes.setdefault(re.sub(r"^layers\.\d+", "layers", field), f"{old!r} there, {new!r} here")
-    return [f"{field}: {change}" for field, change in changes.items()]
-
-
-def _layers(model: ModelConfig) -> dict[str, Any]:
-    """A model by layer, so that the names of blocks do not count."""
-    blocks = {str(layer): plain(model.blocks[name]) for layer, name in enumerate(model.layers)}
-    return {"layers": blocks} | plain(dataclasses.replace(model, blocks={}, stack=()))
+    changes = apart(whole(there, FIELD), plain(here))
+    return [f"{field}: {old!r} there, {new!r} here" for field, old, new in changes]

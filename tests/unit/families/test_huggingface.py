@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from shardforge.checkpoint.tensorfile import TYPES
 from shardforge.core.errors import CheckpointError, DataError, Problems
 from shardforge.families.huggingface import HuggingFaceSource
 from shardforge.families.open import open_source
@@ -21,7 +22,6 @@ from tests.tiny import tiny
 
 transformers = pytest.importorskip("transformers", reason="the transformers package writes the folders")
 
-TOLERANCE = 2e-5  # float32, relative to the norm of the expected tensor
 VOCAB, LAYERS, LENGTH = 48, 3, 19
 SHARED = {
     "hidden_size": 24,
@@ -42,18 +42,9 @@ GPT2 = {
     **{"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None},
     "attn_implementation": "eager",
 }
-TIED = {"tie_word_embeddings": True}
-NEAR = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**SHARED, head_dim=8),
-    "llama, tied, biases": lambda: transformers.LlamaConfig(**SHARED, **TIED, attention_bias=True, mlp_bias=True),
-    "mistral, window": lambda: transformers.MistralConfig(**SHARED, head_dim=8, sliding_window=5),
-    "qwen2": lambda: transformers.Qwen2Config(**SHARED, **TIED),
-    "qwen2, windows from layer 1": lambda: transformers.Qwen2Config(**SHARED, **NEAR),
-    "qwen3": lambda: transformers.Qwen3Config(**SHARED, head_dim=8),
-    "olmo2": lambda: transformers.Olmo2Config(**SHARED),
     "gpt2": lambda: transformers.GPT2Config(**GPT2),
-    "gpt2, untied": lambda: transformers.GPT2Config(**GPT2, tie_word_embeddings=False),
 }
 
 
@@ -112,18 +103,36 @@ def copy(llama, tmp_path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_logits_of_a_folder_are_those_of_transformers(tmp_path, name):
-    theirs = saved(tmp_path, MODELS[name]())
-    expected, got = logits(theirs, loaded(tmp_path))
-    assert ((got - expected).norm() / expected.norm()).item() < TOLERANCE
-
-
 def test_a_folder_in_several_files_is_read(tmp_path):
     theirs = saved(tmp_path, MODELS["llama"](), max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     expected, got = logits(theirs, loaded(tmp_path))
     assert torch.allclose(expected, got, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_weights_keep_the_type_and_the_bits_that_they_are_stored_with(tmp_path, dtype):
+    from safetensors.torch import load_file
+
+    theirs = random_model(MODELS["gpt2"]()).to(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs.save_pretrained(tmp_path)
+    source = HuggingFaceSource(tmp_path)
+    before, after = load_file(tmp_path / "model.safetensors"), dict(source.map.to(source.read))
+    assert {TYPES[info.dtype][0] for info in source.names.values()} == {dtype}
+    assert before.keys() == after.keys()
+    assert not [name for name, each in before.items() if each.dtype != dtype or not torch.equal(each, after[name])]
+
+
+def test_tensors_that_are_no_weights_are_listed(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    saved(tmp_path, MODELS["gpt2"]())
+    state = load_file(tmp_path / "model.safetensors")
+    state |= {"lm_head.weight": state["transformer.wte.weight"].clone(), "transformer.h.0.attn.bias": torch.ones(1)}
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    assert any(line.startswith("lm_head.weight and 1 more: ") for line in HuggingFaceSource(tmp_path).beside.unread)
 
 
 def test_a_prefix_that_old_files_leave_out_is_put_back(tmp_path):
@@ -137,24 +146,6 @@ def test_a_prefix_that_old_files_leave_out_is_put_back(tmp_path):
     assert torch.allclose(expected, got, atol=1e-4)
 
 
-SCALED = {
-    "linear": {"rope_type": "linear", "factor": 4.0},
-    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
-    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
-    "llama3": {
-        **{"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16},
-        **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
-    },
-}
-
-
-@pytest.mark.parametrize("kind", SCALED)
-def test_scaled_positions_are_those_of_transformers(tmp_path, kind):
-    theirs = saved(tmp_path, transformers.LlamaConfig(**SHARED, rope_parameters=SCALED[kind] | {"rope_theta": 500.0}))
-    expected, got = logits(theirs, loaded(tmp_path))
-    assert ((got - expected).norm() / expected.norm()).item() < TOLERANCE
-
-
 @pytest.mark.parametrize("old", ["type", "rope_type"])
 def test_positions_as_older_files_write_them_are_the_same(copy, old):
     scaling = {old: "linear", "factor": 4.0}
@@ -165,7 +156,7 @@ def test_positions_as_older_files_write_them_are_the_same(copy, old):
 
 def test_an_unknown_architecture_lists_the_known_ones(copy):
     change(copy, architectures=["MambaForCausalLM"])
-    with pytest.raises(CheckpointError, match=r"\['MambaForCausalLM'\](.|\n)*GPT2LMHeadModel, LlamaForCausalLM"):
+    with pytest.raises(CheckpointError, match=r"\['MambaForCausalLM'\](.|\n)*GPT2LMHeadModel, .*LlamaForCausalLM"):
         open_source(copy)
 
 
@@ -231,5 +222,5 @@ def test_settings_that_are_none_are_refused(copy, text):
 def test_a_damaged_file_is_named(copy):
     file = copy / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(Problems, match=r"cannot be read as safetensors(.|\n)*download it again"):
+    with pytest.raises(Problems, match=r"ends at byte 72096 of the numbers, the file has 72087(.|\n)*get it again"):
         HuggingFaceSource(copy)

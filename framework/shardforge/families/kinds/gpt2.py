@@ -8,19 +8,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from shardforge.families import decoder
 from shardforge.families.family import ACTIVATIONS, Family, numbered
-from shardforge.families.forms import Columns
+from shardforge.families.forms import SIDE_BY_SIDE, TURNED
+from shardforge.families.section import layers as blocks_of
 from shardforge.families.settings import Settings
 from shardforge.families.table import Row, layers, rows
 
 TOP = {"embed": "transformer.wte", "embed.places": "transformer.wpe", "norm": "transformer.ln_f", "head": "lm_head"}
 NORMS = {"mixer_residual.norm": "ln_1", "ffn_residual.norm": "ln_2"}
-TURNED = {"mixer.out": "attn.c_proj", "ffn.up": "mlp.c_fc", "ffn.down": "mlp.c_proj"}
+MATRICES = {"mixer.out": "attn.c_proj", "ffn.up": "mlp.c_fc", "ffn.down": "mlp.c_proj"}
 OURS, THEIRS = "blocks.{layer}", "transformer.h.{layer}"
 
 
 def model(settings: Settings) -> dict[str, Any]:
-    hidden, heads, layers = settings.need("n_embd"), settings.need("n_head"), settings.need("n_layer")
+    hidden, heads, depth = settings.need("n_embd"), settings.need("n_head"), decoder.depth(settings, "n_layer")
     settings.only("scale_attn_weights", True)
     settings.only("scale_attn_by_inverse_layer_idx", False)
     settings.only("add_cross_attention", False)
@@ -47,20 +49,41 @@ def model(settings: Settings) -> dict[str, Any]:
         "vocab": settings.need("vocab_size"),
         "hidden": hidden,
         "embedding": {"kind": "learned", "length": settings.need("n_positions")},
-        **numbered(settings, {"dense": block}, ["dense"] * layers),
+        **numbered(settings, {"dense": block}, ["dense"] * depth),
         "norm": norm,
         "head": "tied" if settings.get("tie_word_embeddings", True) else "linear",
         "init": {"std": settings.get("initializer_range", 0.02), "rule": "depth_scaled"},
     }
 
 
-FUSED = Row(
-    tuple(f"{OURS}.mixer.{role}.{{leaf}}" for role in "qkv"), (f"{THEIRS}.attn.c_attn.{{leaf}}",), Columns(parts=3)
-)
+def config(section: dict[str, Any]) -> dict[str, Any]:
+    blocks = blocks_of(section)
+    mixer, ffn = blocks[0]["mixer"], blocks[0]["ffn"]
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": section["vocab"],
+        "n_positions": section["embedding"]["length"],
+        "n_embd": section["hidden"],
+        "n_layer": len(blocks),
+        "n_head": mixer["heads"],
+        "n_inner": ffn["inner"],
+        "activation_function": {"gelu_tanh": "gelu_new"}.get(ffn["activation"], ffn["activation"]),
+        "layer_norm_epsilon": section["norm"]["eps"],
+        "initializer_range": section["init"]["std"],
+        "tie_word_embeddings": section["head"]["kind"] == "tied",
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+    }
+
+
+FUSED = Row(tuple(f"{OURS}.mixer.{role}.{{leaf}}" for role in "qkv"), (f"{THEIRS}.attn.c_attn.{{leaf}}",), SIDE_BY_SIDE)
 FAMILY = Family(
     architectures=("GPT2LMHeadModel",),
     model=model,
-    table=(*rows(TOP | layers(OURS, THEIRS, NORMS)), *rows(layers(OURS, THEIRS, TURNED), Columns()), FUSED),
+    config=config,
+    table=lambda _: (*rows(TOP | layers(OURS, THEIRS, NORMS)), *rows(layers(OURS, THEIRS, MATRICES), TURNED), FUSED),
     tied="lm_head.weight",
     spare=(r"transformer\.h\.\d+\.attn\.(masked_)?bias",),
     optional="transformer.",
