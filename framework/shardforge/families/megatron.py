@@ -1,133 +1,166 @@
-"""Dense GPT models of Megatron-LM and megatron-core as a source of weights.
+"""Models that Megatron-LM and megatron-core trained, as a source of weights and of what their optimizer kept.
 
-Reference: megatron-core 0.16, GPTModel with a local or a Transformer Engine layer, whose names this follows.
-Limits: no experts, latent attention, windows, zero-centred norms; layers of one shape.
+Reference: megatron-core 0.16, GPTModel with local or Transformer Engine layers: dense or mixtures, grouped or latent
+attention, windows, multi-token prediction. What the arguments of a training ask for beyond is refused by name.
+Limits: of optimizers the checkpoints whose states have the shapes of the weights, which are those of
+Float16OptimizerWithFloat16Params, of FP32Optimizer, and of DistributedOptimizer saved as `fully_reshardable`
+(--dist-ckpt-optim-fully-reshardable); of the older format weights alone.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from shardforge.core.errors import CheckpointError
-from shardforge.families.forms import QueryGroups, Rows
-from shardforge.families.linked import LinkedSource
-from shardforge.families.megatron_files import METADATA, DistFolder, LegacyFolder
-from shardforge.families.settings import Settings
-from shardforge.families.table import Row, layers, rows
+import torch
+from torch import Tensor
 
-NORMS = {"LayerNorm": "layernorm", "RMSNorm": "rmsnorm"}
-TOP = {
-    "embed": "embedding.word_embeddings",
-    "embed.places": "embedding.position_embeddings",
-    "norm": "decoder.final_layernorm",
-    "head": "output_layer",
-}
-ROLES = {
-    "mixer.out": "self_attention.linear_proj",
-    "mixer.q_norm": "self_attention.q_layernorm",
-    "mixer.k_norm": "self_attention.k_layernorm",
-    "ffn.down": "mlp.linear_fc2",
-}
-OURS, THEIRS = "blocks.{layer}", "decoder.layers.{layer}"
-LLAMA3 = {"original_length": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0}  # fixed there
-REFUSED = ("num_experts", "multi_latent_attention", "apply_layernorm_1p", "window_size", "mtp_num_layers")
-REFUSED += ("heterogeneous_layers_config_path", "attention_output_gate", "apply_residual_connection_post_layernorm")
+from shardforge.core.errors import CheckpointError, Problems
+from shardforge.families.linked import LinkedSource
+from shardforge.families.megatron_args import same
+from shardforge.families.megatron_dist import METADATA, DistFolder
+from shardforge.families.megatron_files import LegacyFolder
+from shardforge.families.megatron_model import model, vocabulary
+from shardforge.families.megatron_names import table
+from shardforge.families.section import whole
+from shardforge.families.settings import Settings
+from shardforge.families.source import Beside, belonging
+
+NOTE = "shardforge.json"
+"""Beside the tensors: what ShardForge knows of the run, and the save of which it knows it."""
+WORDS = "embedding.word_embeddings.weight"
+COUNTS = ("step",)
 
 
 class MegatronSource(LinkedSource):
     """See `families.source.Source`. `path` is the folder of one iteration, in either of Megatron's formats."""
 
     def __init__(self, path: Path):
-        files = DistFolder(path) if (path / METADATA).is_file() else LegacyFolder(path)
-        if files.settings is None:
+        files = _files(path)
+        common = files.common if isinstance(files, DistFolder) else {"args": files.settings}
+        args = common.get("args")
+        if args is None:
             raise CheckpointError(
                 "the checkpoint does not hold the arguments that it was trained with ('args'), so its model is unknown",
                 path,
                 "save it with Megatron-LM's training script, which puts them in",
             )
-        settings = Settings(vars(files.settings), path)
-        found = model(settings)
-        settings.settle()
-        spare = [r"output_layer\.weight"] if found["head"] == "tied" else []
-        super().__init__(files, found, table(found), origin=path, spare=spare)
+        settings = Settings(vars(args), path)
+        told = model(settings)
+        if isinstance(files, LegacyFolder) and not _kinds(told) <= {"gqa", "glu", "mlp"}:
+            settings.wrong("mixtures and latent attention are not read of this format, save it as torch_dist")
+        if settings.problems:
+            raise Problems(settings.problems, str(path))
+        found = whole(told, path)
+        note = _note(path, files)
+        recipe = note.get("recipe")
+        if recipe and same(recipe["model"], found):
+            found = recipe["model"]  # the same model in the words of its recipe
+        elif recipe:
+            recipe = None
+        spare = [r"output_layer\.weight"] if found["head"]["kind"] == "tied" else []
+        rows = files.names[WORDS].shape[0] if WORDS in files.names else vocabulary(settings)[1]
+        beside = _beside(path, files, settings, note, recipe)
+        super().__init__(files, found, table(found, rows), origin=path, spare=spare, beside=beside)
+        self.common = common
+        self.moments = self._moments()
+        self.counts = COUNTS if self.moments else ()
+
+    def read_moment(self, kind: str, name: str) -> Tensor:
+        if kind in self.counts:
+            return torch.tensor(float(step_of(self.common) or 0))
+        files = self.tensors
+        if isinstance(files, DistFolder) and self.map.place(name)[0].theirs[0] in files.kinds.get(kind, {}):
+            return self._made(name, partial(files.read_kind, kind))
+        return super().read_moment(kind, name)
+
+    def _moments(self) -> tuple[str, ...]:
+        """Kinds that every tensor has that the optimizer knows, in its shape."""
+        if not isinstance(self.tensors, DistFolder) or not self.tensors.kinds:
+            return ()
+        kinds = self.tensors.kinds
+        known = {name for of_kind in kinds.values() for name in of_kind}
+        return tuple(
+            sorted(
+                kind
+                for kind, of_kind in kinds.items()
+                if of_kind.keys() == known
+                and all(
+                    name in self.tensors.names and info.shape == self.tensors.names[name].shape
+                    for name, info in of_kind.items()
+                )
+            )
+        )
 
 
-def model(settings: Settings) -> dict[str, Any]:
-    """The model section from the arguments of a training."""
-    settings.unknown(REFUSED, "not supported")
-    hidden, heads = settings.need("hidden_size"), settings.need("num_attention_heads")
-    eps = settings.get("norm_epsilon", settings.get("layernorm_epsilon", 1e-5))
-    norm = {"kind": settings.choose("normalization", NORMS, "LayerNorm"), "eps": float(eps)}
-    biased = bool(settings.get("add_bias_linear", True))
-    grouped = settings.get("group_query_attention", False)
-    embedding, position = _places(settings)
-    mixer = {
-        "kind": "gqa",
-        "heads": heads,
-        "kv_heads": settings.need("num_query_groups") if grouped else heads,
-        "head_dim": settings.get("kv_channels", max(1, hidden // heads)),
-        "position": position,
-        "qk_norm": norm if settings.get("qk_layernorm") else None,
-        "bias": "all" if biased else "qkv" if settings.get("add_qkv_bias") else "none",
-    }
-    inner = {"inner": settings.get("ffn_hidden_size", 4 * hidden), "bias": biased}
-    gated = settings.get("swiglu", False)
-    ffn = {"kind": "glu", **inner} if gated else {"kind": "mlp", "activation": _curve(settings), **inner}
-    block = {"mixer": mixer, "ffn": ffn, "residual": {"kind": "pre", "norm": norm}}
-    return {
-        "vocab": settings.need("padded_vocab_size"),
-        "hidden": hidden,
-        "embedding": embedding,
-        "blocks": {"dense": block},
-        "stack": [f"dense x {settings.need('num_layers')}"],
-        "norm": norm,
-        "head": "linear" if settings.get("untie_embeddings_and_output_weights") else "tied",
-        "init": {"std": settings.get("init_method_std", 0.02), "rule": "depth_scaled"},
-    }
+def step_of(common: Mapping[str, Any]) -> float | None:
+    """Updates that the optimizer has made, from what is kept beside the tensors; None where nothing says so."""
+    queue: list[Any] = [common.get("optimizer")]
+    while queue:
+        found = queue.pop(0)
+        if isinstance(found, Mapping):
+            for key in ("common_step", "step"):
+                if isinstance(found.get(key), int | float | Tensor):
+                    return float(found[key])
+            queue += [each for key, each in found.items() if key != "params"]
+        elif isinstance(found, list | tuple):
+            queue += list(found)
+    return common.get("iteration")
 
 
-def _curve(settings: Settings) -> str:
-    if settings.get("squared_relu"):
-        return "relu2"
-    fused = settings.get("bias_gelu_fusion") and settings.get("add_bias_linear", True)
-    return "gelu_tanh" if fused or settings.get("openai_gelu") else "gelu"  # the fused kernel is the approximation
+def _files(path: Path) -> DistFolder | LegacyFolder:
+    return DistFolder(path) if (path / METADATA).is_file() else LegacyFolder(path)
 
 
-def _places(settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The embedding and the position of attention."""
-    settings.only("position_embedding_type", "rope", "learned_absolute", "none")
-    kind = settings.get("position_embedding_type", "learned_absolute")
-    if kind == "learned_absolute":
-        return {"kind": "learned", "length": settings.need("max_position_embeddings")}, {"kind": "nope"}
-    if kind == "none":
-        return {"kind": "token"}, {"kind": "nope"}
-    rope = {
-        "kind": "rope",
-        "base": float(settings.get("rotary_base", 10000)),
-        "fraction": float(settings.get("rotary_percent", 1.0)),
-    }
-    if settings.get("rotary_interleaved"):
-        rope["layout"] = "interleaved"
-    if factor := settings.get("rotary_seq_len_interpolation_factor"):
-        rope["scaling"] = {"kind": "linear", "factor": float(factor)}
-    if settings.get("use_rope_scaling"):
-        rope["scaling"] = {"kind": "llama3", "factor": float(settings.get("rope_scaling_factor", 8.0)), **LLAMA3}
-    return {"kind": "token"}, rope
+def _kinds(section: Mapping[str, Any]) -> set[str]:
+    return {each[role]["kind"] for each in section["blocks"].values() for role in ("mixer", "ffn")}
 
 
-def table(model: Mapping[str, Any]) -> tuple[Row, ...]:
-    """Where the weights of a model section lie. Norms stand with the matmul behind them (megatron_files.LOCAL)."""
-    block = model["blocks"]["dense"]
-    mixer = block["mixer"]
-    fused = tuple(f"{OURS}.mixer.{role}.{{leaf}}" for role in "qkv")
-    into = ("gate", "up") if block["ffn"]["kind"] == "glu" else ("up",)
-    qkv, fc1 = f"{THEIRS}.self_attention.linear_qkv", f"{THEIRS}.mlp.linear_fc1"
-    return (
-        *rows(TOP | layers(OURS, THEIRS, ROLES)),
-        Row((f"{OURS}.mixer_residual.norm.{{leaf}}",), (f"{qkv}.layer_norm_{{leaf}}",)),
-        Row((f"{OURS}.ffn_residual.norm.{{leaf}}",), (f"{fc1}.layer_norm_{{leaf}}",)),
-        Row(fused, (f"{qkv}.{{leaf}}",), QueryGroups(mixer["kv_heads"], mixer["head_dim"])),
-        Row(tuple(f"{OURS}.ffn.{role}.{{leaf}}" for role in into), (f"{fc1}.{{leaf}}",), Rows(len(into))),
+def _note(path: Path, files: DistFolder | LegacyFolder) -> dict[str, Any]:
+    """What ShardForge wrote beside this very save; {} where it wrote nothing, or Megatron has saved over it."""
+    file = path / NOTE
+    if not file.is_file() or not isinstance(files, DistFolder):
+        return {}
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as cause:
+        raise CheckpointError(f"cannot be read: {cause}", file, "remove it, or copy it again") from cause
+    return found if isinstance(found, dict) and found.get("save") == files.saved else {}
+
+
+def _beside(
+    path: Path, files: DistFolder | LegacyFolder, settings: Settings, note: Mapping[str, Any], recipe: Any
+) -> Beside:
+    common = files.common if isinstance(files, DistFolder) else {}
+    told = common.get("iteration", getattr(common.get("args"), "iteration", None))
+    step = int(told) if isinstance(told, int) and told > 0 else None
+    folder = path if belonging(path) else path.parent
+    return Beside(
+        step=note.get("step", step),
+        recipe=recipe,
+        extra=note.get("extra") if recipe else None,
+        length=note.get("length") or settings.get("max_position_embeddings"),
+        tokens=note.get("tokens") or {},
+        tokenizer=belonging(folder),
+        unread=tuple(_unread(path, files, settings, not note)),
     )
+
+
+def _unread(path: Path, files: DistFolder | LegacyFolder, settings: Settings, foreign: bool) -> list[str]:
+    """What is there and cannot be taken along."""
+    lines = []
+    if isinstance(files, LegacyFolder):
+        lines.append("what the optimizer kept: it is not read of the older format, save it as torch_dist")
+    elif "optimizer" in files.common and not files.kinds:
+        lines.append("what the optimizer kept: its shards can only be read as --dist-ckpt-optim-fully-reshardable")
+    if (path / NOTE).is_file() and foreign:
+        lines.append(f"{NOTE}: it belongs to an earlier save in this folder")
+    if foreign and isinstance(files, DistFolder):
+        lines += [f"{key}: no field of a recipe" for key in ("opt_param_scheduler",) if key in files.common]
+        lines += ["rng_state: random numbers of other devices"] if files.random else []
+    if foreign and settings.get("attention_dropout"):
+        lines.append(f"attention_dropout={settings.get('attention_dropout')}: there is none on scores")
+    return lines

@@ -1,12 +1,11 @@
-"""Tensors and settings in the two kinds of folders that Megatron-LM writes. Nothing of Megatron is imported.
+"""The folders that Megatron-LM writes, and the tensors in the older of the two kinds. Nothing of Megatron is imported.
 
-torch_dist   iter_0001000/.metadata, __0_0.distcp ..., common.pt    whole tensors in pieces, layers stacked
+torch_dist   iter_0001000/.metadata, __0_0.distcp ..., common.pt    see megatron_dist
 torch        iter_0001000/mp_rank_00/model_optim_rng.pt ...         one pickle a tp (and pp) rank
 """
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,23 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from shardforge.checkpoint.tensorfile import TYPES, type_name
+from shardforge.checkpoint.tensorfile import type_name
 from shardforge.core.errors import CheckpointError
-from shardforge.families.pickles import read_pickle, read_saved, read_stream
+from shardforge.families.megatron_dist import METADATA
+from shardforge.families.megatron_names import FC1, HALF, OURS, common_name
+from shardforge.families.pickles import read_saved
 from shardforge.families.source import Info
 
-LATEST, METADATA, COMMON, PICKLE = "latest_checkpointed_iteration.txt", ".metadata", "common.pt", "model_optim_rng.pt"
+LATEST, PICKLE = "latest_checkpointed_iteration.txt", "model_optim_rng.pt"
 RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
-OURS = re.compile(r"(embedding|decoder|output_layer)\..*")  # of the model, not of an optimizer
-STACKED = re.compile(r"decoder\.layers\.(?!\d)(.*)")
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
-LOCAL = {
-    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-}
-"""Names of norms where they are modules of their own -> where the matmul behind them holds them."""
 ALONG_ROWS = re.compile(r".*(word_embeddings|output_layer|linear_qkv|linear_fc1)\.(weight|bias)")
 ALONG_COLUMNS = re.compile(r".*(linear_proj|linear_fc2)\.weight")
 
@@ -47,72 +40,12 @@ def step_folder(path: Path) -> Path | None:
     return path if known else None
 
 
-def common_name(name: str) -> str:
-    """The one name of a weight that two kinds of Megatron's layers name differently."""
-    for alone, fused in LOCAL.items():
-        name = name.replace(alone, fused)
-    return name
-
-
-class DistFolder:
-    """See `families.linked.Tensors`. A torch.distributed checkpoint; a stacked weight is one weight for each layer."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        read: Any = read_pickle(path / METADATA)
-        if not isinstance(read, Metadata) or not isinstance(read.storage_data, Mapping):
-            raise CheckpointError("this is no torch.distributed checkpoint", path / METADATA, "copy it again")
-        self._metadata = read
-        self.settings = self._args()
-        self.names: dict[str, Info] = {}
-        self._where: dict[str, tuple[str, int | None]] = {}  # name -> theirs, and the layer inside of it
-        for name, entry in read.state_dict_metadata.items():
-            if isinstance(entry, TensorStorageMetadata) and OURS.fullmatch(name):
-                self._enter(name, tuple(entry.size), type_name(entry.properties.dtype))
-
-    def read(self, name: str) -> Tensor:
-        theirs, layer = self._where[name]
-        info = self.names[name]
-        whole = torch.empty(info.shape, dtype=TYPES[info.dtype][0])
-        for chunk in self._metadata.state_dict_metadata[theirs].chunks:
-            offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
-            if layer is not None:
-                if not offsets[0] <= layer < offsets[0] + sizes[0]:
-                    continue
-                numbers = self._chunk(theirs, offsets)[layer - offsets[0]]
-                offsets, sizes = offsets[1:], sizes[1:]
-            else:
-                numbers = self._chunk(theirs, offsets)
-            whole[tuple(slice(at, at + size) for at, size in zip(offsets, sizes, strict=True))] = numbers
-        return whole
-
-    def _enter(self, name: str, shape: tuple[int, ...], dtype: str) -> None:
-        stacked = STACKED.fullmatch(name)
-        if stacked is None:
-            self.names[common_name(name)], self._where[common_name(name)] = Info(shape, dtype), (name, None)
-            return
-        for layer in range(shape[0]):
-            alone = common_name(f"decoder.layers.{layer}.{stacked[1]}")
-            self.names[alone], self._where[alone] = Info(shape[1:], dtype), (name, layer)
-
-    def _chunk(self, name: str, offsets: tuple[int, ...]) -> Tensor:
-        found = self._metadata.storage_data.get(MetadataIndex(name, offsets))
-        if found is None or Path(found.relative_path).name != found.relative_path or found.transform_descriptors:
-            raise CheckpointError(f"{name} at {list(offsets)} is not in a file that can be read", self.path, "copy it")
-        file = self.path / found.relative_path
-        if not file.is_file():
-            raise CheckpointError(f"{file.name} is missing", self.path, "copy it from where the checkpoint was saved")
-        with file.open("rb") as opened:
-            opened.seek(found.offset)
-            return read_stream(io.BytesIO(opened.read(found.length)), file)
-
-    def _args(self) -> Any:
-        common = self.path / COMMON
-        return read_saved(common).get("args") if common.is_file() else None
-
-
 class LegacyFolder:
-    """See `families.linked.Tensors`. Shards of tp ranks are joined, layers of pp ranks numbered on."""
+    """See `families.linked.Tensors`. Shards of tp ranks are joined, layers of pp ranks numbered on.
+
+    Names are those of `megatron_names`. Dense models with attention of heads alone: what a rank of ep, or of a latent
+    attention, has of a weight is not known here.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -131,7 +64,10 @@ class LegacyFolder:
             first += 1 + max((int(found[1]) for found in map(LAYER.fullmatch, parts[0]) if found), default=-1)
 
     def read(self, name: str) -> Tensor:
-        return self._join(name, self._shards[name])
+        half = HALF.fullmatch(name) if name not in self._shards else None
+        if half is None:
+            return self._join(name, self._shards[name])
+        return self._join(half[1], self._shards[half[1]]).chunk(2, 0)["wv".index(half[2])]
 
     def _part(self, file: Path) -> dict[str, Tensor]:
         """The model of one rank, its tensors mapped from the file."""
@@ -151,8 +87,15 @@ class LegacyFolder:
             if full in self._shards:
                 continue  # the last stage's copy of a tied embedding
             self._shards[full] = [part[name] for part in parts]
-            shape = self._join(full, [torch.empty_like(each, device="meta") for each in self._shards[full]]).shape
-            self.names[full] = Info(tuple(shape), type_name(parts[0][name].dtype))
+            shape = tuple(
+                self._join(full, [torch.empty_like(each, device="meta") for each in self._shards[full]]).shape
+            )
+            dtype = type_name(parts[0][name].dtype)
+            if self._gated and FC1.fullmatch(full):
+                half = Info((shape[0] // 2, *shape[1:]), dtype)
+                self.names |= {f"{full}_w": half, f"{full}_v": half}
+            else:
+                self.names[full] = Info(shape, dtype)
 
     def _join(self, name: str, shards: Sequence[Tensor]) -> Tensor:
         if len(shards) == 1:
@@ -161,10 +104,14 @@ class LegacyFolder:
             return torch.cat(list(shards), 1)
         if not ALONG_ROWS.fullmatch(name):
             return shards[0]
-        if ".linear_fc1." in name and getattr(self.settings, "swiglu", False):
+        if self._gated and FC1.fullmatch(name):
             halves = [each.chunk(2, 0) for each in shards]  # each rank has its part of the gate, then of the other
             return torch.cat([half for side in (0, 1) for half in (pair[side] for pair in halves)], 0)
         return torch.cat(list(shards), 0)
+
+    @property
+    def _gated(self) -> bool:
+        return bool(getattr(self.settings, "swiglu", False))
 
 
 def _rank(path: Path) -> re.Match[str] | None:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import enum
+import io
 import os
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from shardforge.checkpoint.tensorfile import Part
+from shardforge.convert.torchdist import Index, write_pieces
 from shardforge.core.errors import CheckpointError, Problems
 from shardforge.families.megatron import MegatronSource, model
 from shardforge.families.open import open_source
@@ -121,14 +125,18 @@ def stacked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_dist(path: Path, args: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A torch_dist folder, with an optimizer in it as there is; our weights come back."""
+    """A torch_dist folder, with part of an optimizer in it; our weights come back."""
     ours = weights_of(args)
     state = stacked(theirs(ours, args)) | {"optimizer.state.exp_avg.decoder.final_layernorm.weight": torch.zeros(H)}
+    save(path, state, args)
+    return ours
+
+
+def save(path: Path, state: Mapping[str, Tensor], args: Mapping[str, Any], **common: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that one process saves is no mistake
-        dcp.save(state, checkpoint_id=path, no_dist=True)
-    torch.save({"args": argparse.Namespace(**args), "iteration": 7}, path / "common.pt")
-    return ours
+        dcp.save(dict(state), checkpoint_id=path, no_dist=True)
+    torch.save({"args": argparse.Namespace(**args), "iteration": 7, **common}, path / "common.pt")
 
 
 def save_legacy(
@@ -231,14 +239,96 @@ def test_without_arguments_the_model_is_unknown(tmp_path):
         open_source(tmp_path / "x")
 
 
-def test_what_is_not_dense_is_refused_with_all_reasons(tmp_path):
+def test_what_is_not_supported_is_refused_with_all_reasons(tmp_path):
     save_dist(tmp_path / "x", ARGS)
-    args = argparse.Namespace(**ARGS | {"num_experts": 8, "normalization": "Other", "multi_latent_attention": True})
+    args = argparse.Namespace(**ARGS | {"qk_l2_norm": True, "normalization": "Other", "window_size": (4, 4)})
     torch.save({"args": args}, tmp_path / "x" / "common.pt")
     with pytest.raises(Problems) as caught:
         open_source(tmp_path / "x")
     told = str(caught.value)
-    assert all(word in told for word in ("num_experts=8", "normalization='Other'", "multi_latent_attention=True"))
+    assert all(word in told for word in ("qk_l2_norm=True", "normalization='Other'", "window_size=(4, 4)"))
+
+
+def test_a_mixture_in_the_older_format_is_refused(tmp_path):
+    save_legacy(tmp_path, ARGS)
+    file = tmp_path / "iter_0000007" / "mp_rank_00" / "model_optim_rng.pt"
+    saved = torch.load(file, weights_only=False)
+    saved["args"].num_experts = 4
+    torch.save(saved, file)
+    with pytest.raises(Problems, match=r"mixtures and latent attention are not read of this format"):
+        open_source(tmp_path)
+
+
+def test_rows_beyond_the_vocabulary_are_padding(tmp_path):
+    ours = save_dist(tmp_path / "x", ARGS)
+    told = argparse.Namespace(**ARGS | {"vocab_size": V - 3})
+    torch.save({"args": told}, tmp_path / "x" / "common.pt")
+    assert torch.equal(open_source(tmp_path / "x").read("embed.weight"), ours["embed.weight"][: V - 3])
+
+
+def test_the_wrapper_of_a_training_does_not_count_in_names(tmp_path):
+    state = stacked(theirs(ours := weights_of(ARGS), ARGS))
+    save(tmp_path / "x", {f"module.{name}": value for name, value in state.items()}, ARGS)
+    assert same(tmp_path / "x", ours)
+
+
+def test_arguments_inside_of_the_tensors_files_count(tmp_path):
+    """As megatron-core keeps them since 0.17."""
+    ours, args = weights_of(ARGS), argparse.Namespace(**ARGS)
+    stream = io.BytesIO()
+    torch.save([{"args": args, "iteration": 9}], stream)
+    path = tmp_path / "x"
+    path.mkdir()
+    stored = [
+        Part(name, "float32", tuple(each.shape), partial(_same, each)) for name, each in theirs(ours, ARGS).items()
+    ]
+    pieces = write_pieces(path / "0.distcp", stored, [each.shape for each in stored])["pieces"]
+    (path / "1.distcp").write_bytes(stream.getvalue())
+    index = Index()
+    for part, piece in zip(stored, pieces, strict=True):
+        index.add(part.key, part.dtype, ((0,) * len(part.shape), part.shape, part.shape), ("0.distcp", *piece))
+    index.add_object("common_state/shard_0_1", ("1.distcp", 0, len(stream.getvalue())))
+    index.write(path / ".metadata", "save")
+    assert same(path, ours) and open_source(path).beside.step == 9
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def test_halves_experts_and_layers_by_themselves_are_the_same_model(tmp_path):
+    """As singleton_local_shards saves them."""
+    state = theirs(ours := weights_of(ARGS), ARGS)
+    for name in [name for name in state if "linear_fc1.weight" in name]:
+        whole = state.pop(name)
+        state |= {f"{name}_w": whole[:F].clone(), f"{name}_v": whole[F:].clone()}
+    save(tmp_path / "x", state, ARGS)
+    assert same(tmp_path / "x", ours)
+
+
+def test_weights_that_the_optimizer_keeps_take_the_place_of_the_rounded_ones(tmp_path):
+    state = stacked(theirs(ours := weights_of(ARGS), ARGS))
+    rounded = {name: value.bfloat16() for name, value in state.items()}
+    save(tmp_path / "x", rounded | {f"optimizer.state.fp32_param.{name}": each for name, each in state.items()}, ARGS)
+    assert same(tmp_path / "x", ours)
+
+
+def test_moments_and_steps_are_read_under_our_names(tmp_path):
+    state = stacked(theirs(ours := weights_of(ARGS), ARGS))
+    kinds = {"exp_avg": 2.0, "exp_avg_sq": 3.0}
+    more = {f"optimizer.state.{k}.{name}": x * each for k, x in kinds.items() for name, each in state.items()}
+    save(tmp_path / "x", state | more, ARGS, optimizer={"optimizer": {"param_groups": [{"step": 9.0}]}})
+    source = open_source(tmp_path / "x")
+    assert (source.moments, source.counts) == (("exp_avg", "exp_avg_sq"), ("step",))
+    assert source.read_moment("step", "norm.weight") == 9.0
+    assert all(torch.equal(source.read_moment(k, name), x * ours[name]) for k, x in kinds.items() for name in ours)
+
+
+def test_shards_of_an_optimizer_that_cannot_be_read_are_told(tmp_path):
+    state = stacked(theirs(weights_of(ARGS), ARGS)) | {"optimizer.distributed.dp_group_idx_0.x": torch.zeros(4)}
+    save(tmp_path / "x", state, ARGS, optimizer={})
+    source = open_source(tmp_path / "x")
+    assert source.moments == () and "fully-reshardable" in source.beside.unread[0]
 
 
 def test_a_missing_rank_is_named(tmp_path):
