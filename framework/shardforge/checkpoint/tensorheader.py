@@ -85,14 +85,6 @@ def _header(path: Path, size: int, changed: int, node: int) -> Mapping[str, Slot
     return slots
 
 
-def metadata(path: Path) -> dict[str, str]:
-    """What the writer of a file says of itself in its header, like {"format": "pt"}."""
-    header(path)
-    with path.open("rb") as file:
-        told = mapping(file.read(int.from_bytes(file.read(PREFIX), "little")), path).get("__metadata__")
-    return {str(key): str(value) for key, value in told.items()} if isinstance(told, dict) else {}
-
-
 def mapping(text: bytes, path: Path) -> dict[str, Any]:
     """A JSON table in which no name stands twice. CheckpointError when it is none."""
     try:

@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-HELP = "measure loader, training step, mixture, upcycling, layout or pipeline on this machine"
+HELP = "measure loader, training step, mixture, upcycling, conversion, layout or pipeline on this machine"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     upcycle.add_argument("--pairs", type=int, default=3, help="timed pairs of each (default: 3)")
     upcycle.add_argument("--folder", type=Path, help="where the files go, twice the result (default: temporary files)")
+    convert = parts.add_parser("convert", help="converting a checkpoint with all cores, beside a copy of the result")
+    convert.add_argument("--layers", type=int, help="layers of the model (default: 3 GB)")
+    convert.add_argument("--hidden", type=int, default=4096, help="hidden size, a multiple of 128 (default: 4096)")
+    convert.add_argument("--inner", type=int, default=11008, help="neurons of its ffn (default: 11008)")
+    convert.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["bf16"], help="default: bf16")
+    convert.add_argument("--pairs", type=int, default=3, help="timed pairs of each direction (default: 3)")
+    convert.add_argument("--folder", type=Path, help="where the files go, four times the model (default: temporary)")
     parallel = parts.add_parser("parallel", help="a step on two local ranks, beside the same one written by hand")
     parallel.add_argument("layouts", nargs="*", metavar="LAYOUT", help="tp2, dp2, pp2, dp2-ep2 (default: all)")
     parallel.add_argument("--pairs", type=int, default=20, help="timed pairs of steps (default: 20)")
@@ -103,6 +110,21 @@ def _upcycle(args: argparse.Namespace) -> None:
         print(f"{dtype}: {ratio:.2f} of the speed of cp in the median pair")
 
 
+def _convert(args: argparse.Namespace) -> None:
+    from shardforge.bench import convert
+    from shardforge.convert.format import Options
+    from shardforge.convert.run import convert as made
+
+    def make(source: Path, target: Path, to: str) -> object:
+        return made(source, target, Options(to=to, shard_bytes=1 << 28), proof="none")
+
+    for dtype in args.dtypes:
+        size = convert.usual(args.hidden, args.inner, dtype)
+        size = dataclasses.replace(size, layers=args.layers or size.layers)
+        ratio = convert.run(make, size, args.pairs, args.folder, print)
+        print(f"{dtype}: {ratio:.2f} of the speed of cp in the slower direction's median pair")
+
+
 def _parallel(args: argparse.Namespace) -> None:
     from shardforge.bench import parallel
 
@@ -117,4 +139,12 @@ def _bubble(args: argparse.Namespace) -> None:
     bubble.run(args.pp, args.micro_batches, Cost(one, one, one), print)
 
 
-SUBJECTS = {"data": _data, "step": _step, "moe": _moe, "upcycle": _upcycle, "parallel": _parallel, "bubble": _bubble}
+SUBJECTS = {
+    "data": _data,
+    "step": _step,
+    "moe": _moe,
+    "upcycle": _upcycle,
+    "convert": _convert,
+    "parallel": _parallel,
+    "bubble": _bubble,
+}

@@ -43,7 +43,7 @@ class Turned:
     """See `families.source.Source`: another one with the rows of turning channels in the order of `layout`."""
 
     def __init__(self, source: Source, layout: str):
-        self._source, self._layout = source, layout
+        self.of, self._layout = source, layout
         self.path, self.model = source.path, paired(source.model, layout)
         self.names: Mapping[str, Info] = source.names
         self.moments, self.counts = source.moments, source.counts
@@ -51,10 +51,10 @@ class Turned:
         self._forms = {name: form for name, form in _forms(source.model) if name in source.names}
 
     def read(self, name: str) -> Tensor:
-        return self._moved(name, self._source.read(name))
+        return self._moved(name, self.of.read(name))
 
     def read_moment(self, kind: str, name: str) -> Tensor:
-        kept = self._source.read_moment(kind, name)
+        kept = self.of.read_moment(kind, name)
         return self._moved(name, kept) if kind in self.moments else kept
 
     def _moved(self, name: str, tensor: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from shardforge.families.pieces import fill
 from shardforge.families.section import apart, whole
 from shardforge.families.shardforge import RunSource
 from shardforge.families.source import Source
+from shardforge.families.turned import Turned, turned
 from shardforge.model.build import build
 from shardforge.recipe.model import ModelConfig
 from shardforge.recipe.provenance import plain
@@ -42,7 +43,7 @@ def find(recipe: Recipe, run_dir: RunDir) -> Source | None:
     if recipe.train.start is None or folders.committed(run_dir.checkpoints):
         return None
     try:
-        source = open_source(Path(recipe.train.start))
+        source = turned(open_source(Path(recipe.train.start)), plain(recipe.model))
     except CheckpointError as error:
         raise RecipeError(f"{FIELD}: {error.what}", error.where, error.fix) from error
     problems = unlike(source, state.table(build(recipe.model, recipe.objective.build())))
@@ -108,8 +109,9 @@ def _same_states(source: Source, tensors: Mapping[str, Tensor]) -> None:
 def identity(source: Source) -> dict[str, Any]:
     """What provenance says of a source: where it is, and of a checkpoint of ours its step and the manifest's hash."""
     told: dict[str, Any] = {"path": str(source.path.resolve())}
-    if isinstance(source, RunSource):
-        told |= {"step": source.step, "manifest": tensorfile.sha256(source.path / folders.MANIFEST)}
+    here = source.of if isinstance(source, Turned) else source
+    if isinstance(here, RunSource):
+        told |= {"step": here.step, "manifest": tensorfile.sha256(here.path / folders.MANIFEST)}
     return told
 
 

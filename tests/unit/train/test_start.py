@@ -125,6 +125,15 @@ def test_what_has_the_same_shapes_and_another_meaning_is_told_once(other):
     assert start.meanings(source.model, recipe.model) == ["layers.mixer.position.base: 10000.0 there, 500000.0 here"]
 
 
+def test_a_model_that_pairs_rotary_channels_otherwise_begins_with_its_rows_turned(tmp_path, other):
+    recipe = recipe_of(other[0], mixer=GQA | {"position": {"kind": "rope", "layout": "interleaved"}})
+    source = start.find(recipe, RunDir(tmp_path / "run"))
+    assert start.meanings(source.model, recipe.model) == []
+    assert start.identity(source)["step"] == 3
+    rows = source.read("blocks.0.mixer.q.weight").unflatten(0, (4, 2, 2))  # heads, pairs, one and the other of a pair
+    assert torch.equal(rows.transpose(1, 2).flatten(0, 2), other[1]["blocks.0.mixer.q.weight"])
+
+
 def test_the_name_of_a_block_has_no_meaning(other):
     block = {"mixer": GQA, "ffn": {"kind": "glu", "inner": 24}, "residual": {"kind": "pre"}}
     model = {"blocks": {"b": block, "a": block}, "stack": ["a", "b"], "init": {"std": 0.1}, "core": "eager"}
