@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from shardforge.core.optional import installed
+from shardforge.core.rundir import RunDir
+from shardforge.evals.generate import generate
+from shardforge.evals.open import open_trained
 from shardforge.families.open import open_source
 from shardforge.model.build import build
 from shardforge.nn.sequence import Sequence
@@ -16,7 +22,9 @@ from shardforge.recipe.provenance import differences
 from shardforge.upcycle import run
 from shardforge.upcycle.loss import loss, tokenized
 from shardforge.upcycle.options import read_options
+from tests.parity.compare import quiet
 from tests.tiny import tiny
+from tests.unit.convert.folders import converted
 from tools import smollm2
 
 pytestmark = pytest.mark.slow
@@ -67,6 +75,43 @@ def test_digits_stand_alone_and_text_comes_back(folder):
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert tokenizer.encode("2048").tokens == ["2", "0", "4", "8"]
     assert tokenizer.decode(tokenizer.encode(TEXT).ids) == TEXT
+
+
+@pytest.fixture(scope="module")
+def around(folder, tmp_path_factory) -> list[Path]:
+    """The folder after Megatron and DeepSpeed: as a run of ours, and published again."""
+    place, at, made = tmp_path_factory.mktemp("ring"), folder, []
+    for number, to in enumerate(("shardforge", "megatron", "shardforge", "deepspeed", "shardforge", "huggingface")):
+        at = converted(at, place / f"{number}-{to}", to, proof="auto").path
+        made.append(at)
+        for old in made[:-2]:
+            shutil.rmtree(old, ignore_errors=True)
+    return made[-2:]
+
+
+def test_around_the_ring_every_tensor_is_what_it_was(folder, around):
+    before, after = (load_file(path / "model.safetensors") for path in (folder, around[1]))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_around_the_ring_perplexity_on_real_text_is_unchanged(folder, around, tmp_path):
+    (tmp_path / "text").write_text(Path(argparse.__file__).read_text())
+    tokens = tokenized(tmp_path / "text", folder / "tokenizer.json", 49152)[:2, :257]
+    assert loss(open_source(around[0]), tokens) == loss(open_source(folder), tokens)
+
+
+def test_around_the_ring_the_likeliest_continuation_is_that_of_transformers_token_by_token(folder, around):
+    from transformers import AutoModelForCausalLM
+
+    trained = open_trained(RunDir(around[0]))
+    trained.model.float()
+    prompt = trained.tokenizer.encode(TEXT, add_special_tokens=False).ids
+    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with quiet():
+        wanted = theirs.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0, len(prompt) :].tolist()
+    end = wanted.index(trained.eos) if trained.eos in wanted else len(wanted)
+    got = generate(trained, [TEXT], 24, 0.0, 1.0, 0)[0]
+    assert got == trained.tokenizer.decode(wanted[:end]) and end > 4
 
 
 def upcycled(folder: Path, output: Path, **flags: object) -> run.Upcycled:

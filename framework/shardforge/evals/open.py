@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from shardforge.checkpoint import folders
 from shardforge.checkpoint.state import collect, table
 from shardforge.checkpoint.store import Store
 from shardforge.core.errors import CheckpointError, DataError
 from shardforge.core.layout import Layout
 from shardforge.core.rundir import RunDir
 from shardforge.data.corpus import Corpus
+from shardforge.families.shardforge import BESIDE, TOKENIZER
 from shardforge.model.build import build
 from shardforge.precision.types import DTYPES
 from shardforge.recipe.load import load
@@ -27,8 +30,12 @@ class Trained:
     model: nn.Module
     tokenizer: object  # tokenizers.Tokenizer
     eos: int
-    corpus: Corpus
     step: int
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The first that it was trained on. DataError when it is not there."""
+        return corpus_of(self.recipe)
 
     @property
     def tables(self) -> torch.dtype:
@@ -47,7 +54,6 @@ def open_trained(run_dir: RunDir, step: int | None = None) -> Trained:
     if not run_dir.recipe.exists():
         raise DataError("this is not a run directory: it has no recipe.yaml", run_dir.path, "name a folder like runs/x")
     recipe = dataclasses.replace(load(run_dir.recipe).recipe, parallel=Layout())
-    corpus = Corpus.open(Path(recipe.data.sources[0].path))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build(recipe.model, recipe.objective.build(), DTYPES[recipe.precision.master])
     model.to_empty(device=device)
@@ -63,5 +69,20 @@ def open_trained(run_dir: RunDir, step: int | None = None) -> Trained:
     store.load(chosen, collect(model))
     store.close()
     model.to(DTYPES[recipe.precision.compute])
-    tokenizer = Tokenizer.from_file(str(corpus.tokenizer))
-    return Trained(recipe, model.eval(), tokenizer, corpus.manifest.tokenizer.eos, corpus, chosen)
+    path, eos = tokenizer_of(run_dir, recipe, chosen)
+    return Trained(recipe, model.eval(), Tokenizer.from_file(str(path)), eos, chosen)
+
+
+def corpus_of(recipe: Recipe) -> Corpus:
+    return Corpus.open(Path(recipe.data.sources[0].path))
+
+
+def tokenizer_of(run_dir: RunDir, recipe: Recipe, step: int) -> tuple[Path, int]:
+    """tokenizer.json and the token that ends a document: what a conversion brought along, else those of the corpus."""
+    brought = run_dir.path / TOKENIZER / "tokenizer.json"
+    if not brought.is_file():
+        corpus = corpus_of(recipe)
+        return corpus.tokenizer, corpus.manifest.tokenizer.eos
+    extra = folders.read_manifest(run_dir.checkpoints / folders.name(step))["extra"]
+    eos = extra.get(BESIDE, {}).get("tokens", {}).get("eos_token_id")
+    return brought, int(eos[0] if isinstance(eos, list) else -1 if eos is None else eos)

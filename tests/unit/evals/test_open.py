@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -7,7 +9,9 @@ from shardforge.core.errors import CheckpointError, DataError
 from shardforge.core.layout import Layout
 from shardforge.core.rundir import RunDir
 from shardforge.evals.open import open_trained
+from tests.unit.convert.folders import converted
 from tests.unit.evals.conftest import model_of
+from tests.unit.upcycle import dense
 
 
 @pytest.mark.parametrize(("asked", "opened"), [(None, 5), (1, 1)])
@@ -27,6 +31,18 @@ def test_whatever_layout_trained_it_one_process_opens_it(trained):
 def test_the_tokenizer_is_that_of_the_corpus(trained):
     found = open_trained(trained()[0])
     assert found.tokenizer.encode("w3 w1").ids == [3, 1] and found.eos == 0
+
+
+def test_a_converted_model_speaks_with_the_tokenizer_that_came_along(tmp_path):
+    from shardforge.data.tokenizer import train
+
+    source = dense.save(tmp_path / "source", model={"vocab": 300})
+    made = converted(source, tmp_path / "published").path
+    train(["some text to learn from"], 280).save(str(made / "tokenizer.json"))
+    settings = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps(settings | {"eos_token_id": 7}))
+    found = open_trained(RunDir(converted(made, tmp_path / "ours", "shardforge").path))
+    assert found.eos == 7 and found.tokenizer.decode(found.tokenizer.encode("some text").ids) == "some text"
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
