@@ -74,6 +74,36 @@ def _lines(total: int, before: int) -> tuple[Callable[[int], None], Callable[[],
     return paint, lambda: None
 
 
+class Counted:
+    """The same for work that is counted in parts: called with how many are done, and of how many."""
+
+    def __init__(self, doing: str):
+        self.doing, self._last = doing, time.monotonic()
+        self._bar: tuple[Callable[[int], None], Callable[[], None]] | None = None
+
+    def __call__(self, done: int, parts: int) -> None:
+        if sys.stderr.isatty():
+            self._bar = self._bar or _parts(parts, self.doing)
+            paint, close = self._bar
+            paint(done)
+            if done == parts:
+                close()
+        elif time.monotonic() - self._last >= LINE_S:
+            self._last = time.monotonic()
+            print(f"{self.doing}: {done} of {parts} parts", file=sys.stderr, flush=True)
+
+
+def _parts(total: int, doing: str) -> tuple[Callable[[int], None], Callable[[], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task(doing, total=total)
+    bar.start()
+    return lambda done: bar.update(task, completed=done), bar.stop
+
+
 def line(size: int, total: int, before: int, spent_s: float) -> str:
     """ "2.00 GiB of 8.00 GiB, 512 MiB/s, 12 s left"."""
     rate = (size - before) / spent_s if spent_s > 0 else 0.0

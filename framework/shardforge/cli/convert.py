@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
         raise ForgeError(f"{args.processes} processes cannot work", "--processes", "at least 1, or leave it out")
     from functools import partial
 
-    from shardforge.checkpoint.filling import shown
+    from shardforge.checkpoint.filling import Counted, shown
     from shardforge.convert.format import Options
     from shardforge.convert.run import convert
     from shardforge.families.open import open_source
@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> None:
             bisect=args.bisect,
             processes=args.processes,
             progress=partial(shown, doing="converting"),
+            proving=Counted("proving"),
             opener=partial(open_source, config=args.config),
         )
     except KeyboardInterrupt:
@@ -126,7 +127,8 @@ def _tell(made: Converted, spent_s: float) -> None:
     found = made.certificate
     target = found["target"]
     total = sum(file["bytes"] for file in target["files"].values())
-    took = f": {bytes_(total)} in {seconds(spent_s)}, {bytes_(total / spent_s)}/s" if made.fresh else ""
+    rate = bytes_(total / made.writing_s) if made.fresh else ""
+    took = f": {bytes_(total)} at {rate}/s, {seconds(spent_s)} with the proof" if made.fresh else ""
     print(f"{'made' if made.fresh else 'already made, nothing to do:'} {made.path}{took}")
     print(f"  {found['source']['format']} -> {target['format']}: {len(found['tensors'])} tensors")
     changes = ", ".join(f"{count} {word}" for word, count in found["changes"].items())

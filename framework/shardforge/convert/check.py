@@ -37,7 +37,7 @@ class Checked:
         first = (
             f"as certified: {self.files} files, {bytes_(self.bytes)}; {self.weights} tensors read back as the source's"
         )
-        return "\n  ".join([first, *self.notes, *lines(self.proof)])
+        return "\n  ".join([first, *self.notes, *lines(self.proof, layers=False)])
 
 
 def check(folder: Path, *, proof: How | None = None) -> Checked:

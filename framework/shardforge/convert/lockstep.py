@@ -24,6 +24,8 @@ PIECE = 1 << 24
 LOGITS = "logits"
 Apply = Callable[[Streamed, Tensor], Tensor]
 Side = Literal["source", "target"]
+Seen = Callable[[int, int], object]
+"""(parts that are done, parts in all)"""
 
 
 @dataclass
@@ -65,13 +67,17 @@ class Lockstep:
         self._side, self.other = getattr(self, side), track
 
     @torch.no_grad()
-    def run(self) -> None:
+    def run(self, seen: Seen | None = None) -> None:
+        """`seen` is told after each part of the model."""
+        seen, layers = seen or (lambda done, parts: None), self.source.layers
         x = self._embed()
-        for layer in range(self.source.layers):
+        for layer in range(layers):
             part = f"blocks.{layer}"
             x = self._part(part, x, partial(_block, layer))
+            seen(layer + 1, layers + 1)
         normed = self._part(NORM, x, lambda side, y: side.norm(y))
         self._head(normed)
+        seen(layers + 1, layers + 1)
         if self.source.model.mtp is not None:
             self._further(x, normed)
 

@@ -84,6 +84,7 @@ def design(source: Source, options: Options) -> Writer:
 def identity(source: Source, options: Options, writer: Writer) -> dict[str, Any]:
     """What the bytes of the result depend on, as JSON."""
     told = {key: str(value) if isinstance(value, Path) else value for key, value in plain(options).items()}
+    del told["target"]  # a result may be moved
     files = hashlib.sha256(repr(list(writer.files)).encode()).hexdigest()[:16]
     found = {"format": FORMAT, "version": shardforge.__version__, "source": fingerprint(source), "files": files}
     return json.loads(json.dumps({**found, "options": told}))

@@ -18,7 +18,7 @@ from torch import Tensor
 from shardforge.checkpoint.tensorfile import TYPES
 from shardforge.convert.distance import EXACT, TOLERANCES, Layer, Tolerance
 from shardforge.convert.independent import Theirs, computed, obstacle
-from shardforge.convert.lockstep import LOGITS, Lockstep, Side, Track
+from shardforge.convert.lockstep import LOGITS, Lockstep, Seen, Side, Track
 from shardforge.core.errors import CheckpointError, ForgeError, Problems
 from shardforge.families.open import open_source
 from shardforge.families.section import apart
@@ -63,14 +63,21 @@ class Proof:
 
 
 def prove(
-    source: Path, target: Path, *, how: How, cast: bool, bisect: bool, opener: Callable[[Path], Source] = open_source
+    source: Path,
+    target: Path,
+    *,
+    how: How,
+    cast: bool,
+    bisect: bool,
+    opener: Callable[[Path], Source] = open_source,
+    seen: Seen | None = None,
 ) -> Proof:
     """Compute both and compare them after every layer and at the end; of the model one block is in memory at a time.
 
     `source` and `target` are what `families.open.open_source` opens, or `opener` of the source. `cast`: weights may
-    have another number type than in the source. `bisect`: the comparisons list every layer. Problems when the target is
-    not what the source is: fields of the model, weights, and the first layer that leaves tolerance. CheckpointError
-    when `how` asks for what cannot be done.
+    have another number type than in the source. `bisect`: the comparisons list every layer. `seen` is told how far it
+    is. Problems when the target is not what the source is: fields of the model, weights, and the first layer that
+    leaves tolerance. CheckpointError when `how` asks for what cannot be done.
     """
     if how == "none":
         return Proof("none", "--proof none was asked for")
@@ -90,15 +97,15 @@ def prove(
                 f"; it does not read {len(theirs.unread)} tensors, {theirs.unread[0]} first: those are compared by us"
             )
         steps.beside(theirs, side, Track(f"our forward of the {side} against {theirs.name}", TOLERANCES["float32"]))
-    steps.run()
+    steps.run(seen)
     if problems := [*fields, *_wrong(steps, bisect)]:
         raise Problems(problems, f"the proof of {target}")
     found = tuple(_comparison(track, bisect) for track in (steps.own, steps.other) if track is not None)
     return Proof("own" if theirs is None else "transformers", why, tuple(tokens[0].tolist()), steps.weights, found)
 
 
-def lines(proof: Mapping[str, Any]) -> Iterator[str]:
-    """What `Proof.plain` gives, for people; with the layers where they are listed."""
+def lines(proof: Mapping[str, Any], layers: bool = True) -> Iterator[str]:
+    """What `Proof.plain` gives, for people; with the layers where they are listed and wanted."""
     if not proof["passed"]:
         yield f"not proved: {proof['why']}"
         return
@@ -108,7 +115,7 @@ def lines(proof: Mapping[str, Any]) -> Iterator[str]:
         limit = f"at most {each['error']:.2g} in a layer, {each['tolerance']:g} allowed"
         exact = "bit for bit" if not each["tolerance"] else f"relative error {limit}"
         yield f"  {each['what']}: logits max-abs {each['max_abs']:.3g}, cosine {each['cosine']:.6f}; {exact}"
-        yield from (f"    {line}" for line in _table(each["layers"]))
+        yield from (f"    {line}" for line in _table(each["layers"]) if layers)
 
 
 def foresee(source: Source, how: How) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -26,6 +27,7 @@ from shardforge.checkpoint.journal import Journal
 from shardforge.convert import certificate
 from shardforge.convert import proof as proofs
 from shardforge.convert.format import Options
+from shardforge.convert.lockstep import Seen
 from shardforge.convert.plan import Opener, Plan, begin, design, identity, write
 from shardforge.core.errors import CheckpointError
 from shardforge.core.workers import Workers, cores
@@ -44,6 +46,7 @@ class Converted:
     path: Path
     certificate: dict[str, Any]
     fresh: bool  # False: it was there already
+    writing_s: float = 0.0
 
 
 def convert(
@@ -55,10 +58,11 @@ def convert(
     bisect: bool = False,
     processes: int | None = None,
     progress: Progress | None = None,
+    proving: Seen | None = None,
     opener: Opener = open_source,
 ) -> Converted:
     """Make `target` of the checkpoint in `path`, or find it made. `processes` defaults to all cores; `proof` and
-    `bisect` are as for `convert.proof.prove`.
+    `bisect` are as for `convert.proof.prove`, which tells `proving` how far it is.
 
     Problems or CheckpointError for what the format cannot say, for what is in the way, and for a proof that fails:
     then there is no target. The source is only read.
@@ -79,18 +83,20 @@ def convert(
         target.parent.mkdir(parents=True, exist_ok=True)
         with building.claimed(work, target, same, "conversion"):
             made = Plan(path, opener, writer, Journal(work, work / FILES))
+            begun = time.perf_counter()
             records = _write(made, processes or cores(), progress)
+            writing = time.perf_counter() - begun
             writer.finish(made.journal.files, _said(records))
             found = {"identity": same, **certificate.collect(source, writer, records, made.journal.files, options.to)}
             cast = any(each["cast"] for each in found["tensors"])
             opened = writer.opened(made.journal.files)
-            proved = proofs.prove(source.path, opened, how=proof, cast=cast, bisect=bisect, opener=opener)
+            proved = proofs.prove(source.path, opened, how=proof, cast=cast, bisect=bisect, opener=opener, seen=proving)
             found["proof"] = proved.plain()
             _unchanged(source, before)
             certificate.save(made.journal.files, found)
             _commit(made.journal.files, target)
             shutil.rmtree(work)
-    return Converted(target, found, fresh=True)
+    return Converted(target, found, fresh=True, writing_s=writing)
 
 
 def _there(target: Path) -> bool:
