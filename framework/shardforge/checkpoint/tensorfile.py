@@ -97,6 +97,7 @@ def write_tensors(path: Path, parts: Sequence[Part], metadata: Mapping[str, str]
                 _drain(file)
                 waiting = 0
             hashed.result()
+            del block, hashed  # they hold the tensor, and the next one is made now
         _settle(file)
     return Written(path.name, 8 + len(text) + start, digest.hexdigest())
 
@@ -126,9 +127,12 @@ def settle_folder(path: Path) -> None:
 
 
 def raw(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, which must be kept as long as they are used."""
+    """The bytes of a contiguous tensor on the CPU. The view and every slice of it keep the tensor alive: whoever works
+    on one beside an error that ends everything else works on memory that is still there."""
     # not tensor.numpy(), after which torch refuses to resize the storage for the rest of its life
-    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr()))
+    numbers: Any = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
+    numbers.tensor = tensor
+    return memoryview(numbers)
 
 
 def sha256(path: Path) -> str:
@@ -150,7 +154,7 @@ def _blocks(parts: Sequence[Part]) -> Iterator[Any]:
         numbers = raw(tensor)
         for start in range(0, len(numbers), BLOCK_BYTES):
             yield numbers[start : start + BLOCK_BYTES]
-        del tensor  # before the next one is made
+        del tensor, numbers  # before the next one is made
 
 
 def _drain(file: BinaryIO) -> None:

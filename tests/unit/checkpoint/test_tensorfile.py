@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import weakref
 from itertools import pairwise
 from pathlib import Path
 
@@ -101,3 +102,26 @@ def test_a_whole_file_is_never_seen_half_written(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk"):
         write_whole(tmp_path / "a", b"new content")
     assert (tmp_path / "a").read_bytes() == b"old"
+
+
+def test_bytes_that_somebody_still_works_on_keep_their_tensor(tmp_path):
+    tensor = torch.arange(1 << 20)
+    gone = weakref.ref(tensor)
+    block = tensorfile.raw(tensor)[8:16]
+    del tensor
+    assert gone() is not None and bytes(block) == (1).to_bytes(8, "little")
+    del block
+    assert gone() is None
+
+
+def test_one_tensor_is_let_go_before_the_next_is_made(tmp_path):
+    made: list[weakref.ref] = []
+
+    def read() -> torch.Tensor:
+        assert all(each() is None for each in made)
+        tensor = torch.ones(1 << 10)
+        made.append(weakref.ref(tensor))
+        return tensor
+
+    write_tensors(tmp_path / "file", [Part(f"t{at}", "float32", (1 << 10,), read) for at in range(3)])
+    assert len(made) == 3
