@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 
 import torch
@@ -85,3 +85,18 @@ def no_layout(options: Options, place: str) -> None:
     """CheckpointError for a layout that is asked of files that have none."""
     if options.layout:
         raise CheckpointError(f"{place} has no layout: any number of ranks reads it", "--layout", "leave it out")
+
+
+def counted(source: Source, weights: Sequence[str], format: str) -> float:
+    """The updates that the optimizer counted, for a format that keeps one number for all weights; CheckpointError when
+    they differ in it."""
+    if "step" not in source.counts:
+        return float(source.beside.step or 0)
+    found: dict[float, str] = {}
+    for name in weights:
+        found.setdefault(float(source.read_moment("step", name)), name)
+    if len(found) > 1:
+        told = ", ".join(f"{count:.0f} for {name}" for count, name in sorted(found.items())[:4])
+        what = f"the optimizer counted other steps for other weights ({told}), {format} keeps one number for all"
+        raise CheckpointError(what, source.path, "--moments drop")
+    return next(iter(found), 0.0)

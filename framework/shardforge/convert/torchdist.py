@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -29,40 +28,20 @@ from torch.distributed.checkpoint.metadata import (
 
 from shardforge.checkpoint import tensorfile
 from shardforge.checkpoint.tensorfile import TYPES, Part
+from shardforge.convert.hashed import Hashed
 
 
 def write_pieces(path: Path, parts: Sequence[Part], boxes: Sequence[tuple[int, ...]]) -> dict[str, Any]:
     """Write `parts`, each in the shape of its box; "pieces" of the result says where each lies, (offset, length)."""
     pieces: list[tuple[int, int]] = []
-    with path.open("xb") as file:
-        hashed = _Hashed(file)
+    with Hashed(path) as hashed:
         for part, shape in zip(parts, boxes, strict=True):
             tensor = part.read().detach().reshape(shape)
             if tensor.untyped_storage().nbytes() != part.bytes or not tensor.is_contiguous():
                 tensor = tensor.clone(memory_format=torch.contiguous_format)  # torch.save writes the whole of a storage
-            start = hashed.size
-            torch.save(tensor, cast(IO[bytes], hashed))
-            pieces.append((start, hashed.size - start))
+            pieces.append(hashed.save(tensor))
             del tensor  # before the next one is made
-        os.fsync(file.fileno())
     return {"bytes": hashed.size, "sha256": hashed.digest.hexdigest(), "pieces": pieces}
-
-
-class _Hashed:
-    """A file that notes the size and the hash of what goes through it."""
-
-    def __init__(self, file: BinaryIO):
-        self.file, self.size, self.digest = file, 0, hashlib.sha256()
-
-    def write(self, block: Any) -> int:
-        tensorfile.put(self.file, block)
-        self.digest.update(block)
-        count = memoryview(block).nbytes
-        self.size += count
-        return count
-
-    def flush(self) -> None:
-        self.file.flush()
 
 
 @dataclass

@@ -60,10 +60,11 @@ class DeepSpeedSource(LinkedSource):
         tensors, table, spare = _linked(files, told)
         beside = _beside(told, files)
         super().__init__(tensors, told.model, table, origin=told.origin, spare=spare, beside=beside)
+        self._spelled = tensors
         self.moments, self.counts = files.moments, files.counts
 
     def read_moment(self, kind: str, name: str) -> Tensor:
-        read = partial(self.tensors.read_moment, kind)
+        read = partial(self._spelled.read_moment, kind)
         return read(self.map.place(name)[0].theirs[0]) if kind in self.counts else self._made(name, read)
 
 
@@ -182,9 +183,10 @@ def _beside(told: _Described, files: UniversalFolder | PartitionFolder) -> Besid
     same = note.get(STEP) == step
     if note and not same:
         unread.append(f"recipe and data position: ShardForge wrote them at step {note.get(STEP)}, this is step {step}")
-    kept = {"recipe": note.get("recipe"), "extra": note.get("extra")} if same else {}
+    recipe, extra = (note.get("recipe"), note.get("extra")) if same else (told.beside.recipe, told.beside.extra)
     length = told.beside.length or note.get("length")
-    return replace(told.beside, step=step, length=length, unread=(*told.beside.unread, *unread), **kept)
+    unread = [*told.beside.unread, *unread]
+    return replace(told.beside, step=step, length=length, unread=tuple(unread), recipe=recipe, extra=extra)
 
 
 def _short(value: Any) -> str:

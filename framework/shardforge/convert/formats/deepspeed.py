@@ -9,23 +9,22 @@ for each of them, in universal checkpoints of its own too.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from shardforge.checkpoint import tensorfile
 from shardforge.checkpoint.tensorfile import TYPES, Part
 from shardforge.convert import tokenizer
-from shardforge.convert.design import items, kept, no_layout, updated
+from shardforge.convert.design import counted, items, kept, no_layout, updated
 from shardforge.convert.format import File, Options
 from shardforge.convert.formats.huggingface import config_json
+from shardforge.convert.hashed import Hashed
 from shardforge.core.errors import CheckpointError
 from shardforge.families.deepspeed import CLIENT, OURS
 from shardforge.families.deepspeed_files import GLOBAL, INNER, LATEST, STEP, WEIGHT, ZERO
@@ -65,14 +64,9 @@ class Universal:
         tensor = part.read().detach()
         if tensor.untyped_storage().nbytes() != part.bytes:
             tensor = tensor.clone()  # torch.save writes all that a view is a part of
-        with path.open("xb") as file:
-            hashed = _Hashed(file)
-            try:
-                torch.save({"cat_dim": 0, "param": tensor}, hashed)
-            except RuntimeError as cause:
-                raise hashed.failed or cause from cause  # torch tells of the file what went wrong with the disk
-            os.fsync(file.fileno())
-        return {"bytes": path.stat().st_size, "sha256": hashed.digest.hexdigest()}
+        with Hashed(path) as hashed:
+            hashed.save({"cat_dim": 0, "param": tensor})
+        return {"bytes": hashed.size, "sha256": hashed.digest.hexdigest()}
 
     def finish(self, folder: Path, records: Mapping[str, dict[str, Any]]) -> None:
         place = self.opened(folder)
@@ -125,26 +119,6 @@ class Universal:
         }
 
 
-class _Hashed:
-    """A file that notes the hash of what goes through it, and why it went no further."""
-
-    def __init__(self, file: BinaryIO):
-        self.file, self.digest = file, hashlib.sha256()
-        self.failed: OSError | None = None
-
-    def write(self, block: bytes) -> int:
-        try:
-            tensorfile.put(self.file, block)
-        except OSError as error:
-            self.failed = error
-            raise
-        self.digest.update(block)
-        return len(block)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
 def design(source: Source, options: Options) -> Universal:
     """See `convert.format.Format`."""
     no_layout(options, "a universal checkpoint")
@@ -167,7 +141,7 @@ def design(source: Source, options: Options) -> Universal:
                 files.append(File(f"{place}/{stem}.pt", (replace(item, key=f"{item.key}.{stem}"),)))
                 if moved:
                     shapes[item.key] = item.shape
-    count = _count(source, weights) if kinds else None
+    count = counted(source, sorted(weights), "DeepSpeed") if kinds else None
     config, unknown = config_json(said.config, source, files) if said else (None, [])
     recipe = from_mapping(source.beside.recipe).recipe if source.beside.recipe else None
     return Universal(
@@ -191,20 +165,6 @@ def _published(source: Source) -> tuple[Published | None, list[str]]:
         return said, list(said.left)
     except CheckpointError as error:
         return None, [f"published names, so the weights have ShardForge's: {error.what.splitlines()[0]}"]
-
-
-def _count(source: Source, weights: set[str]) -> float:
-    """The steps that the optimizer counted; CheckpointError when weights differ in it."""
-    if STEP not in source.counts:
-        return float(source.beside.step or 0)
-    found: dict[float, str] = {}
-    for name in sorted(weights):
-        found.setdefault(float(source.read_moment(STEP, name)), name)
-    if len(found) > 1:
-        told = ", ".join(f"{count:g} for {name}" for count, name in sorted(found.items())[:4])
-        what = f"the optimizer counted other steps for other weights ({told}), DeepSpeed keeps one number for all"
-        raise CheckpointError(what, source.path, "--moments drop")
-    return next(iter(found), 0.0)
 
 
 def _left(source: Source, options: Options, buffers: set[str]) -> list[str]:

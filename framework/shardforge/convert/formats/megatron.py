@@ -18,7 +18,7 @@ from typing import Any
 from shardforge.checkpoint import tensorfile
 from shardforge.checkpoint.tensorfile import Part
 from shardforge.convert import megatron_common, tokenizer
-from shardforge.convert.design import items, kept, sharded, types, updated
+from shardforge.convert.design import counted, items, kept, sharded, types, updated
 from shardforge.convert.format import File, Item, Options
 from shardforge.convert.torchdist import Index, fingerprint, saved, write_pieces
 from shardforge.core.errors import CheckpointError
@@ -153,7 +153,7 @@ def design(source: Source, options: Options) -> TorchDist:
     planned = sharded(_items(source, state, dtypes, whole, kinds, masters), options.shard_bytes)
     args |= sizes | megatron_common.training(source, _main(dtypes, weights), step or 0, bool(kinds))
     stacked = args.get("moe_layer_freq", 1) == 1
-    count = _count(source, sorted(weights)) if kinds else None
+    count = counted(source, sorted(weights), "Megatron") if kinds else None
     return TorchDist(
         files=tuple(File(f"{folder}/__{at}_0.distcp", tuple(batch)) for at, batch in enumerate(planned)),
         left=(*left, *_left(source, bool(kinds))),
@@ -203,20 +203,6 @@ def _carried(source: Source, options: Options) -> tuple[dict[str, str], list[str
 def _left(source: Source, moments: bool) -> Iterator[str]:
     yield from dict.fromkeys(f"for Megatron, {line}" for line in untold(source.model))
     yield from megatron_common.unsaid(source, moments)
-
-
-def _count(source: Source, weights: Sequence[str]) -> float:
-    """The updates that the optimizer counted; CheckpointError when weights differ in it."""
-    if "step" not in source.counts:
-        return float(source.beside.step or 0)
-    found: dict[float, str] = {}
-    for name in weights:
-        found.setdefault(float(source.read_moment("step", name)), name)
-    if len(found) > 1:
-        told = ", ".join(f"{count:.0f} for {name}" for count, name in sorted(found.items())[:4])
-        what = f"the optimizer counted other steps for other weights ({told}), Megatron keeps one number for all"
-        raise CheckpointError(what, source.path, "--moments drop")
-    return next(iter(found), 0.0)
 
 
 def _main(dtypes: Mapping[str, str], weights: set[str]) -> str:
