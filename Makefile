@@ -10,7 +10,7 @@ threads := OMP_NUM_THREADS=1
 described := pyproject.toml tools/dev/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help pretrain test verify-all check lint wheel clean
+.PHONY: help pretrain test test-large verify-all check lint wheel clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -19,7 +19,10 @@ pretrain: .venv/.stamp-run ## train a small model on two processes: data, stop, 
 	@$(venv) tools/pretrain.py
 
 test: .venv/.stamp-test ## every test that needs no GPU; TESTS=tests/repo runs one group
-	@$(threads) $(venv) -m pytest -m "not gpu and not full" --durations=15 $(TESTS)
+	@$(threads) $(venv) -m pytest -m "not gpu and not full and not large" --durations=15 $(TESTS)
+
+test-large: .venv/.stamp-test ## what needs tens of GB of disk: 8 GB converted under a limit of 2 GB of memory
+	@$(threads) $(venv) -m pytest -m large $(TESTS)
 
 verify-all: .venv/.stamp-test ## any layout equals one process, for the whole product; PART=3/16 runs one part of it
 	@$(threads) PART=$(PART) $(venv) -m pytest -m full -s tests/equivalence/test_matrix.py

@@ -56,7 +56,7 @@ CASES = {
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("case", ["0.7 GB", pytest.param("8 GB under 2 GB", marks=pytest.mark.full)])
+@pytest.mark.parametrize("case", ["0.7 GB", pytest.param("8 GB under 2 GB", marks=pytest.mark.large)])
 def test_it_needs_less_than_two_of_the_largest_tensors_and_a_constant(tmp_path, case):
     size, limit, proof = CASES[case]
     upcycle.write_source(tmp_path / "large", size)
