@@ -52,7 +52,7 @@ def claimed(work: Path, output: Path, same: Mapping[str, Any], name: str) -> Ite
         except BlockingIOError as cause:
             raise CheckpointError("another process is writing here", output, "wait for it, or stop it first") from cause
         planned = work / PLAN
-        if planned.is_file() and (was := json.loads(planned.read_bytes())) != same:
+        if planned.is_file() and (was := _planned(planned, name, work)) != same:
             raise CheckpointError(
                 f"an unfinished {name} with other options is here:\n{index.shorten(differences(was, same))}",
                 work,
@@ -60,6 +60,19 @@ def claimed(work: Path, output: Path, same: Mapping[str, Any], name: str) -> Ite
             )
         tensorfile.write_whole(planned, json.dumps(same).encode())
         yield
+
+
+def _planned(path: Path, name: str, work: Path) -> dict[str, Any]:
+    """What an unfinished one depends on."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as cause:
+        found = cause
+    if not isinstance(found, dict):
+        told = found if isinstance(found, Exception) else f"it holds a {type(found).__name__}"
+        what = f"the plan of an unfinished {name} cannot be read: {told}"
+        raise CheckpointError(what, path, f"delete the folder {work}, in which nothing is whole, and start again")
+    return found
 
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

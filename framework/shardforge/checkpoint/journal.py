@@ -16,6 +16,10 @@ from typing import Any
 import torch
 
 from shardforge.checkpoint import tensorfile
+from shardforge.core.errors import CheckpointError
+
+SAID = {"file", "bytes", "sha256"}
+"""What a record says of each file."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,18 @@ class Journal:
         tensorfile.write_whole(self._of(job), json.dumps(record).encode())
 
     def read(self, job: int) -> dict[str, Any] | None:
+        """None where there is none. CheckpointError for one that is damaged."""
         path = self._of(job)
-        return json.loads(path.read_bytes()) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            found = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as cause:
+            raise self._damaged(path, str(cause)) from cause
+        files = found.get("files") if isinstance(found, dict) else None
+        if not isinstance(files, list) or not all(isinstance(each, dict) and each.keys() >= SAID for each in files):
+            raise self._damaged(path, f"it lists no files with {', '.join(sorted(SAID))}")
+        return found
 
     def finished(self, job: int) -> dict[str, Any] | None:
         """The record of a job whose files are what it says, read to the last byte; None when it must be done."""
@@ -41,6 +55,11 @@ class Journal:
             if not path.is_file() or path.stat().st_size != file["bytes"] or tensorfile.sha256(path) != file["sha256"]:
                 return None
         return record
+
+    def _damaged(self, path: Path, why: str) -> CheckpointError:
+        what = f"the record of a finished job cannot be read: {why}"
+        fix = f"delete this file, and its job is done again, or delete {self.path} and start again"
+        return CheckpointError(what, path, fix)
 
     def _of(self, job: int) -> Path:
         return self.path / f"job-{job:05d}.json"

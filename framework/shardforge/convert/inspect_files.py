@@ -94,7 +94,8 @@ def _megatron(path: Path, sizes: Mapping[str, int]) -> dict[str, Any]:
         tp, pp, ep = (max(rank[axis] for rank in ranks) + 1 for axis in range(3))
         return {"program": "a file for each rank", "ranks": len(ranks), "layout": {"tp": tp, "pp": pp, "ep": ep}}
     saved = read_saved(path / COMMON) if (path / COMMON).is_file() else {}
-    args = vars(saved.get("args", argparse.Namespace()))
+    kept = saved.get("args") if isinstance(saved, Mapping) else None
+    args = vars(kept) if isinstance(kept, argparse.Namespace) else {}
     degrees = {axis: args.get(name) for axis, name in DEGREES.items()}
     known = {axis: degree for axis, degree in degrees.items() if type(degree) is int}
     world = args.get("world_size")

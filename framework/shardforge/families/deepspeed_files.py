@@ -7,6 +7,7 @@ universal   global_step9_universal/zero/model.norm.weight/{fp32,exp_avg,exp_avg_
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from math import prod
@@ -16,17 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardforge.checkpoint.tensorfile import type_name
+from shardforge.checkpoint.tensorfile import TYPES, type_name
 from shardforge.core.errors import CheckpointError, ForgeError, Problems
-from shardforge.families.pickles import read_saved
+from shardforge.families.pickles import distrusted, read_saved
 from shardforge.families.source import Info
 
+SHOWN = 60
 LATEST = ("latest", "latest_universal")
 ZERO, WEIGHT, STEP, GLOBAL = "zero", "fp32", "step", "optimizer_state.pt"
 MODEL = re.compile(r"(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<tensor>\d+)_model_states\.pt")
 INNER = "optimizer_state_dict"
 AGAIN = "copy it from where the checkpoint was saved"
 UNIVERSAL = "convert it with `python -m deepspeed.checkpoint.ds_to_universal` and name the result"
+UNLIKE = "it does not hold what DeepSpeed writes"
+CLIENT = "shardforge"
+"""Key of the client state under which a checkpoint that ShardForge wrote keeps recipe, model and position."""
+TABLES = ("module", "shared_params", "frozen_param_shapes", CLIENT)
+"""What of a model_states is a mapping, or nothing."""
 Shape = tuple[int, ...]
 
 
@@ -34,9 +41,10 @@ def step_folder(path: Path) -> Path | None:
     """The folder of one step that `path` is, or the one that it names as its latest; None when it is neither."""
     for name in LATEST:
         if (path / name).is_file():
-            told = (path / name).read_text().strip()
-            if Path(told).name != told or not (path / told).is_dir():
-                raise CheckpointError(f"{name} names {told!r}, and it is not there", path, "name the folder of a step")
+            told = (path / name).read_text(errors="replace").strip()
+            if Path(told).name != told or not os.path.isdir(path / told):  # which takes any text
+                what = f"{name} names {told[:SHOWN]!r}, and it is not there"
+                raise CheckpointError(what, path, "name the folder of a step")
             path = path / told
             break
     return path if any(each.name.endswith("_model_states.pt") for each in path.iterdir()) else None
@@ -49,14 +57,18 @@ class UniversalFolder:
         self.path = path
         self.state = next(iter(model_states(path, whole=True).values()))
         self.names: dict[str, Info] = {}
-        told = shapes(self.state)
+        with distrusted(path, UNLIKE):
+            self._enter()
+
+    def _enter(self) -> None:
+        path, told = self.path, shapes(self.state)
         kinds: dict[str, set[str]] = {}
         copies = self.state.get("shared_params") or {}
         for folder in sorted(each for each in (path / ZERO).iterdir() if (each / f"{WEIGHT}.pt").is_file()):
             if folder.name not in copies:
                 weight = _param(folder / f"{WEIGHT}.pt")
                 shape = told.get(folder.name, tuple(weight.shape))
-                self.names[folder.name] = Info(shape, type_name(weight.dtype))
+                self.names[folder.name] = Info(shape, number_type(weight, folder.name, path))
                 kinds[folder.name] = {file.stem for file in folder.glob("*.pt")} - {WEIGHT}
         if not self.names:
             raise CheckpointError(f"there is no {WEIGHT}.pt in any folder of it", path / ZERO, AGAIN)
@@ -68,7 +80,8 @@ class UniversalFolder:
     def read_moment(self, kind: str, name: str) -> Tensor:
         if kind == STEP:
             own = self.path / ZERO / name / f"{STEP}.pt"
-            return torch.as_tensor(read_saved(own) if own.is_file() else self._step)
+            with distrusted(own, UNLIKE):
+                return torch.as_tensor(read_saved(own) if own.is_file() else self._step)
         return self._read(name, kind)
 
     def _read(self, name: str, kind: str) -> Tensor:
@@ -113,8 +126,20 @@ def _param(file: Path) -> Tensor:
 
 
 def shapes(state: Mapping[str, Any]) -> dict[str, Shape]:
-    """Of the weights that the optimizer updates."""
-    return {name: tuple(shape) for group in state.get("param_shapes") or () for name, shape in group.items()}
+    """Of the weights that the optimizer updates. ValueError for what is no shape."""
+    found = {name: tuple(shape) for group in state.get("param_shapes") or () for name, shape in group.items()}
+    for name, shape in found.items():
+        if not isinstance(name, str) or not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError(f"param_shapes says {name!r}: {shape}")
+    return found
+
+
+def number_type(tensor: Tensor, name: str, path: Path) -> str:
+    """Our word for the type of a tensor. CheckpointError for one that no weight of ours has."""
+    told = type_name(tensor.dtype)
+    if told not in TYPES:
+        raise CheckpointError(f"{name} holds numbers of type {told}, which are not read", path, "save it as float32")
+    return told
 
 
 def model_states(path: Path, whole: bool = False) -> dict[int, dict[str, Any]]:
@@ -122,9 +147,12 @@ def model_states(path: Path, whole: bool = False) -> dict[int, dict[str, Any]]:
     files = ranked(path, MODEL, whole)
     found = {}
     for rank, file in sorted(files.items())[: 1 if whole else None]:
-        found[rank] = read_saved(file)
-        if not isinstance(found[rank], dict) or "global_steps" not in found[rank]:
+        found[rank] = state = read_saved(file)
+        if not isinstance(state, dict) or type(state.get("global_steps")) is not int:
             raise CheckpointError("this does not say what a checkpoint of DeepSpeed says (global_steps)", file, AGAIN)
+        if odd := [key for key in TABLES if not isinstance(state.get(key) or {}, Mapping)]:
+            what = f"{odd[0]} is a {type(state[odd[0]]).__name__}, where DeepSpeed has a table"
+            raise CheckpointError(what, file, AGAIN)
     if 0 not in found:
         raise CheckpointError("mp_rank_00_model_states.pt of rank 0 is missing", path, AGAIN)
     return found

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardforge.checkpoint.tensorfile import type_name
 from shardforge.core.errors import CheckpointError, ForgeError, Problems
-from shardforge.families.deepspeed_files import AGAIN, INNER, STEP, model_states, ranked, shapes
-from shardforge.families.pickles import read_saved
+from shardforge.families.deepspeed_files import AGAIN, INNER, STEP, UNLIKE, model_states, number_type, ranked, shapes
+from shardforge.families.pickles import distrusted, read_saved
 from shardforge.families.source import Info
 
 OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<tensor>\d+)_optim_states\.pt")
@@ -35,23 +34,27 @@ class PartitionFolder:
         self.names: dict[str, Info] = {}
         self._parts: dict[str, dict[str, list[Tensor]]] = {"": {}}  # kind -> name -> what the ranks have of it
         self._steps: dict[str, Any] = {}
-        ranks = self._optim()
+        with distrusted(path, UNLIKE):
+            self._take(models, self._optim())
+            self._enter(models)
+            self.moments = tuple(sorted(kind for kind in self._parts if kind))
+        self.counts = (STEP,) if self._steps else ()
+
+    def _take(self, models: Mapping[int, Mapping[str, Any]], ranks: Mapping[int, Mapping[str, Any]]) -> None:
+        """Note the parts of all weights that each rank has."""
         for rank, optim in ranks.items():
             if FLAT3 in optim:
                 if len(models) != len(ranks):
                     what = f"{len(models)} of {len(ranks)} files *_model_states.pt are here"
-                    raise CheckpointError(what, path, AGAIN)
+                    raise CheckpointError(what, self.path, AGAIN)
                 pieces = _pieces3(optim, models[rank], rank, len(ranks))
             else:
-                pieces = _pieces12(optim, path)
+                pieces = _pieces12(optim, self.path)
             for kind, name, part in pieces:
                 if kind == STEP:
                     self._steps[name] = part
                 else:
                     self._parts.setdefault(kind, {}).setdefault(name, []).append(part)
-        self._enter(models)
-        self.moments = tuple(sorted(kind for kind in self._parts if kind))
-        self.counts = (STEP,) if self._steps else ()
 
     def read(self, name: str) -> Tensor:
         return self._join("", name)
@@ -60,10 +63,14 @@ class PartitionFolder:
         known: Mapping[str, Any] = self._steps if kind == STEP else self._parts.get(kind, {})
         if name not in known:
             raise CheckpointError(f"there is no {kind} of {name}", self.path, "drop the moments")
-        return torch.as_tensor(self._steps[name]) if kind == STEP else self._join(kind, name)
+        if kind != STEP:
+            return self._join(kind, name)
+        with distrusted(self.path, UNLIKE):
+            return torch.as_tensor(self._steps[name])
 
     def _join(self, kind: str, name: str) -> Tensor:
-        return torch.cat([each.flatten() for each in self._parts[kind][name]]).reshape(self.names[name].shape)
+        with distrusted(self.path, UNLIKE):
+            return torch.cat([each.flatten() for each in self._parts[kind][name]]).reshape(self.names[name].shape)
 
     def _optim(self) -> dict[int, dict[str, Any]]:
         """What the optimizer kept, by rank; {} for a training without ZeRO."""
@@ -76,8 +83,9 @@ class PartitionFolder:
             found[rank] = saved[INNER]
         told = [optim.get("partition_count") for optim in found.values()]
         wanted = max((max(each) if isinstance(each, Sequence) else each or 0 for each in told), default=0)
-        if missing := sorted(set(range(wanted)) - found.keys()):
-            what = f"{len(missing)} of the files of {wanted} ranks are missing, *_optim_states.pt of rank {missing[0]}"
+        if missing := wanted - sum(rank < wanted for rank in found):
+            first = next(rank for rank in range(wanted) if rank not in found)
+            what = f"{missing} of the files of {wanted} ranks are missing, *_optim_states.pt of rank {first}"
             raise CheckpointError(f"{what} first", self.path, AGAIN)
         return found
 
@@ -87,7 +95,7 @@ class PartitionFolder:
         copies = self.state.get("shared_params") or {}
         frozen = self.state.get("frozen_param_shapes") or {}
         for name, tensor in (self.state.get("module") or {}).items():
-            if name in known or name in copies or not isinstance(tensor, Tensor):
+            if name in known or name in copies or not isinstance(name, str) or not isinstance(tensor, Tensor):
                 continue
             if name in frozen and tensor.numel() == 0:  # in parts on all ranks
                 whole = torch.cat([models[rank]["frozen_param_fragments"][name].flatten() for rank in sorted(models)])
@@ -104,7 +112,7 @@ class PartitionFolder:
                     what = f"{here} of {prod(shape)} numbers of {full} {list(shape)} are there"
                     problems.append(CheckpointError(what, self.path, AGAIN))
             if self._parts[""].get(name):
-                self.names[name] = Info(shape, type_name(self._parts[""][name][0].dtype))
+                self.names[name] = Info(shape, number_type(self._parts[""][name][0], name, self.path))
         if problems:
             raise Problems(problems, f"the weights in {self.path}")
 
@@ -143,7 +151,7 @@ def _states(base: Any, groups: int) -> list[Mapping[str, Any]]:
 
 
 def _cut(flat: Tensor, state: Mapping[str, Any], name: str, start: int, numel: int) -> Iterator[tuple[str, str, Any]]:
-    whole = {kind: each for kind, each in state.items() if isinstance(each, Tensor) and each.dim()}
+    whole = {str(kind): each for kind, each in state.items() if isinstance(each, Tensor) and each.dim()}
     for kind, tensor in {"": flat, **whole}.items():
         yield kind, name, tensor.detach()[start : start + numel]
     if state.get(STEP) is not None:

@@ -53,6 +53,8 @@ class GgufFile:
 
     def __init__(self, path: Path):
         self.path = path
+        if not path.is_file():
+            raise CheckpointError("this is no regular file", path, "name a file *.gguf")
         self._gguf = require("gguf", for_="reading GGUF", extra="gguf")
         with path.open("rb") as file:
             cursor = _Cursor(file, path)

@@ -61,7 +61,7 @@ class LinkedSource:
         self.map = StateMap(table, wanted)
         problems = [*self._unlike(wanted, origin), *self._left(spare)]
         if problems:
-            raise Problems(_few(problems), f"the weights in {self.path}")
+            raise Problems(_few(problems, origin), f"the weights in {self.path}")
         self.names = {name: Info(shape, self._dtype(name)) for name, shape in wanted.items()}
 
     def read(self, name: str) -> Tensor:
@@ -123,8 +123,14 @@ class LinkedSource:
         ]
 
 
-def _few(problems: list[ForgeError]) -> list[ForgeError]:
-    """The first of many; a wrong number of layers would give thousands."""
-    if len(problems) <= SHOWN:
-        return problems
-    return [*problems[:SHOWN], CheckpointError(f"and {len(problems) - SHOWN} more")]
+def _few(problems: list[ForgeError], origin: Path) -> list[ForgeError]:
+    """The first of many, a wrong number of layers would give thousands; the last says what to do about all."""
+    shown = (
+        problems
+        if len(problems) <= SHOWN
+        else [*problems[:SHOWN], CheckpointError(f"and {len(problems) - SHOWN} more")]
+    )
+    fix = (
+        f"see that {origin.name} is of this very model, or get the weights that are missing from where they were saved"
+    )
+    return [*shown[:-1], CheckpointError(shown[-1].what, shown[-1].where, fix)]

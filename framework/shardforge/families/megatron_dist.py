@@ -5,6 +5,7 @@ iter_0001000/.metadata, __0_0.distcp ..., common.pt    whole tensors in pieces, 
 
 from __future__ import annotations
 
+import argparse
 import io
 import re
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from shardforge.checkpoint.tensorfile import TYPES, type_name
 from shardforge.core.errors import CheckpointError
 from shardforge.families.megatron_names import FC1, OURS, Spot, common_name
-from shardforge.families.pickles import read_pickle, read_saved, read_stream
+from shardforge.families.pickles import distrusted, read_pickle, read_saved, read_stream
 from shardforge.families.source import Info
 
 METADATA, COMMON, INSIDE = ".metadata", "common.pt", "common_state/shard_0_1"
@@ -31,6 +32,9 @@ STACKED = re.compile(r"decoder\.layers\.(?!\d)(.*)")
 EXPERTS = re.compile(r"(.*\.experts\.experts)\.(?!\d)(.*)")
 MASTERS = ("param", "fp32_param")
 """Names of the weights as the optimizer keeps them, in single precision."""
+MOST = 1_000_000
+"""Tensors of one checkpoint, counted layer by layer and expert by expert; the largest models have a third of that."""
+UNLIKE = "the index is not one that torch.distributed writes"
 
 
 class DistFolder:
@@ -45,19 +49,27 @@ class DistFolder:
         read: Any = read_pickle(path / METADATA)
         if not isinstance(read, Metadata) or not isinstance(read.storage_data, Mapping):
             raise CheckpointError("this is no torch.distributed checkpoint", path / METADATA, "copy it again")
-        self._metadata = read
+        with distrusted(path / METADATA, UNLIKE):
+            self._entries: Mapping[str, Any] = dict(read.state_dict_metadata)
+            self._places = {
+                (each.fqn, None if each.offset is None else tuple(each.offset)): place
+                for each, place in read.storage_data.items()
+                if isinstance(each, MetadataIndex)
+            }
+            self.saved = getattr(read.storage_meta, "save_id", None)
+            self.random = any(key.startswith("rng_state") for key in self._entries)
         self.common = self._common() if common is None else common
         self.gated = any(getattr(self.common.get("args"), each, False) for each in GATES)
-        self.saved = getattr(read.storage_meta, "save_id", None)
-        self.random = any(key.startswith("rng_state") for key in read.state_dict_metadata)
+        self._claimed = 0
         self.names: dict[str, Info] = {}
         self.kinds: dict[str, dict[str, Info]] = {}
         self._spots: dict[tuple[str, str], Spot] = {}
         self._grids: dict[tuple[str, int], dict[tuple[int, ...], list[tuple[tuple[int, ...], tuple[int, ...]]]]] = {}
         self._last: tuple[tuple[str, tuple[int, ...]], Tensor] | None = None
-        for key, entry in read.state_dict_metadata.items():
-            if isinstance(entry, TensorStorageMetadata):
-                self._enter(key, tuple(entry.size), type_name(entry.properties.dtype))
+        with distrusted(path / METADATA, UNLIKE):
+            for key, entry in self._entries.items():
+                if isinstance(entry, TensorStorageMetadata):
+                    self._enter(key, tuple(entry.size), type_name(entry.properties.dtype))
         self._masters()
 
     def read(self, name: str) -> Tensor:
@@ -65,6 +77,10 @@ class DistFolder:
 
     def read_kind(self, kind: str, name: str) -> Tensor:
         """What the optimizer keeps for a tensor; "" for the tensor itself."""
+        with distrusted(self.path):
+            return self._read(kind, name)
+
+    def _read(self, kind: str, name: str) -> Tensor:
         spot = self._spots[kind, name]
         info = (self.kinds[kind] if kind else self.names)[name]
         offsets, sizes, _ = spot.box(info.shape)
@@ -94,14 +110,18 @@ class DistFolder:
         name = common_name(wrapped[1] if wrapped else plain)
         if OURS.fullmatch(name) is None:
             return
-        for alone, lead, half in self._apart(name, size):
+        if dtype not in TYPES or not all(type(each) is int and each >= 0 for each in size):
+            raise CheckpointError(f"{key} is said to be {list(size)} of {dtype}", self.path / METADATA, "copy it again")
+        for alone, lead, half in self._apart(key, name, size):
             shape = size[len(lead) :]
             if half is not None:
                 shape = (shape[0] // 2, *shape[1:])
             (self.kinds.setdefault(kind, {}) if kind else self.names)[alone] = Info(shape, dtype)
             self._spots[kind, alone] = Spot(key, lead, half)
 
-    def _apart(self, name: str, size: tuple[int, ...]) -> Iterator[tuple[str, tuple[tuple[int, int], ...], int | None]]:
+    def _apart(
+        self, key: str, name: str, size: tuple[int, ...]
+    ) -> Iterator[tuple[str, tuple[tuple[int, int], ...], int | None]]:
         """The tensors in one of the file: their names, leading indices and halves."""
         text, counts = name, []
         if found := STACKED.fullmatch(text):
@@ -110,6 +130,7 @@ class DistFolder:
         if found := EXPERTS.fullmatch(text):
             text = f"{found[1]}.{{}}.{found[2]}"
             counts.append(size[len(counts)])
+        self._believed(key, counts)
         for at in product(*map(range, counts)):
             lead = tuple(zip(at, counts, strict=True))
             alone = text.format(*at)
@@ -118,6 +139,18 @@ class DistFolder:
                 yield f"{alone}_v", lead, 1
             else:
                 yield alone, lead, None
+
+    def _believed(self, key: str, counts: list[int]) -> None:
+        """CheckpointError for more layers and experts than the pieces of a tensor have, or than any model has."""
+        claimed = prod(counts)
+        here = sum(prod(each.sizes[: len(counts)]) for each in self._entries[key].chunks)
+        if here < claimed:
+            what = f"{key} is said to be of {claimed} layers or experts, and its pieces are of {here}"
+            raise CheckpointError(what, self.path / METADATA, "copy it again")
+        self._claimed += claimed
+        if self._claimed > MOST:
+            what = f"with {key} it claims {self._claimed} tensors, {MOST} are the most that are read"
+            raise CheckpointError(what, self.path / METADATA, "it is damaged, or was made to deceive: copy it again")
 
     def _masters(self) -> None:
         """The optimizer's own weights take the place of the model's."""
@@ -130,8 +163,7 @@ class DistFolder:
         """(offsets, sizes) of the pieces of a tensor that may share numbers with a box under its leading indices."""
         grid = self._grids.get((key, lead))
         if grid is None:
-            entry: Any = self._metadata.state_dict_metadata[key]
-            boxes = [(tuple(each.offsets), tuple(each.sizes)) for each in entry.chunks]
+            boxes = [(tuple(each.offsets), tuple(each.sizes)) for each in self._entries[key].chunks]
             depth = lead if all(size == 1 for _, sizes in boxes for size in sizes[:lead]) else 0
             grid = self._grids[key, lead] = {}
             for start, sizes in boxes:
@@ -155,7 +187,7 @@ class DistFolder:
         file, found = self.path / COMMON, None
         if file.is_file():
             found = read_saved(file)
-        elif INSIDE in self._metadata.state_dict_metadata:
+        elif INSIDE in self._entries:
             file, start, length = self._place(INSIDE)
             with file.open("rb") as opened:
                 found = read_stream(cast(IO[bytes], Window(opened, start, length)), file)
@@ -164,10 +196,11 @@ class DistFolder:
 
     def _place(self, key: str, offsets: tuple[int, ...] | None = None) -> tuple[Path, int, int]:
         """The file of a piece, where it begins there, and how many bytes it has."""
-        found = self._metadata.storage_data.get(MetadataIndex(key, offsets))
-        if found is None or Path(found.relative_path).name != found.relative_path or found.transform_descriptors:
+        found: Any = self._places.get((key, offsets))
+        named = getattr(found, "relative_path", None)
+        if not isinstance(named, str) or Path(named).name != named or found.transform_descriptors:
             raise CheckpointError(f"{key} at {offsets} is not in a file that can be read", self.path, "copy it again")
-        file = self.path / found.relative_path
+        file = self.path / named
         if not file.is_file():
             raise CheckpointError(f"{file.name} is missing", self.path, "copy it from where the checkpoint was saved")
         size, end = file.stat().st_size, found.offset + found.length
@@ -181,6 +214,21 @@ def _shared(
 ) -> list[tuple[int, int]]:
     """What two boxes share, (first, end) of each dimension."""
     return [(max(a, b), min(a + m, b + n)) for a, m, b, n in zip(offsets, sizes, start, length, strict=True)]
+
+
+def arguments(common: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What a training was started with, as it is kept beside the tensors. CheckpointError where it is not."""
+    args = common.get("args")
+    if args is None:
+        raise CheckpointError(
+            "the checkpoint does not hold the arguments that it was trained with ('args'), so its model is unknown",
+            path,
+            "save it with Megatron-LM's training script, which puts them in",
+        )
+    if not isinstance(args, argparse.Namespace):
+        what = f"its 'args' are a {type(args).__name__}, where Megatron-LM keeps an argparse.Namespace"
+        raise CheckpointError(what, path, "save it with Megatron-LM's training script")
+    return vars(args)
 
 
 class Window(io.RawIOBase):

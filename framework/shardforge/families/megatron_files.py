@@ -6,6 +6,7 @@ torch        iter_0001000/mp_rank_00/model_optim_rng.pt ...         one pickle a
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from shardforge.families.pickles import read_saved
 from shardforge.families.source import Info
 
 LATEST, PICKLE = "latest_checkpointed_iteration.txt", "model_optim_rng.pt"
+SHOWN = 80
 RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
 ALONG_ROWS = re.compile(r".*(word_embeddings|output_layer|linear_qkv|linear_fc1)\.(weight|bias)")
@@ -32,9 +34,9 @@ def step_folder(path: Path) -> Path | None:
     """The folder of one iteration that `path` is, or the latest one that it names; None when it is neither."""
     latest = path / LATEST
     if latest.is_file():
-        told = latest.read_text().strip()
+        told = latest.read_text(errors="replace").strip()[:SHOWN]
         path = path / (f"iter_{int(told):07d}" if told.isdecimal() else told)
-        if Path(told).name != told or not path.is_dir():
+        if Path(told).name != told or not os.path.isdir(path):  # which takes any text
             raise CheckpointError(f"{LATEST} names {told!r}, and it is not there", path.parent, "name its folder")
     known = (path / METADATA).is_file() or any(RANK.fullmatch(each.name) for each in path.iterdir())
     return path if known else None

@@ -68,10 +68,15 @@ def recognised(path: Path) -> tuple[Kind, Path]:
     """
     if not path.exists():
         raise CheckpointError("there is nothing here", path, f"name one of {NAMED}")
-    for kind in KINDS:
-        if found := kind.find(path):
-            return kind, found
-    raise _unknown(path)
+    if not path.is_dir() and not path.is_file():  # a device or a pipe, which may never end
+        raise CheckpointError("this is neither a folder nor a regular file", path, f"name one of {NAMED}")
+    try:
+        for kind in KINDS:
+            if found := kind.find(path):
+                return kind, found
+        raise _unknown(path)
+    except OSError as cause:
+        raise CheckpointError(f"cannot be read: {cause.strerror}", path, "see whose it is, and on what disk") from cause
 
 
 def open_source(path: Path, config: Path | None = None) -> Source:
