@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,16 @@ import torch
 from torch import Tensor
 
 from shardforge.core.errors import CheckpointError, Problems
+from shardforge.families.kept import Kept, kept
 from shardforge.families.linked import LinkedSource
 from shardforge.families.megatron_args import same
-from shardforge.families.megatron_dist import METADATA, DistFolder
+from shardforge.families.megatron_dist import METADATA, DistFolder, arguments
 from shardforge.families.megatron_files import LegacyFolder
 from shardforge.families.megatron_model import model, vocabulary
 from shardforge.families.megatron_names import table
 from shardforge.families.section import whole
 from shardforge.families.settings import Settings
-from shardforge.families.source import Beside, belonging
+from shardforge.families.source import Beside, belonging, linked_away
 
 NOTE = "shardforge.json"
 """Beside the tensors: what ShardForge knows of the run, and the save of which it knows it."""
@@ -41,14 +43,7 @@ class MegatronSource(LinkedSource):
     def __init__(self, path: Path):
         files = _files(path)
         common = files.common if isinstance(files, DistFolder) else {"args": files.settings}
-        args = common.get("args")
-        if args is None:
-            raise CheckpointError(
-                "the checkpoint does not hold the arguments that it was trained with ('args'), so its model is unknown",
-                path,
-                "save it with Megatron-LM's training script, which puts them in",
-            )
-        settings = Settings(vars(args), path)
+        settings = Settings(arguments(common, path), path)
         told = model(settings)
         if isinstance(files, LegacyFolder) and not _kinds(told) <= {"gqa", "glu", "mlp"}:
             settings.wrong("mixtures and latent attention are not read of this format, save it as torch_dist")
@@ -66,10 +61,14 @@ class MegatronSource(LinkedSource):
         beside = _beside(path, files, settings, note, recipe)
         super().__init__(files, found, table(found, rows), origin=path, spare=spare, beside=beside)
         self.common = common
-        self.moments = self._moments()
+        self._kept = _kept(files) if isinstance(files, DistFolder) else Kept()
+        self.beside = replace(beside, unread=(*beside.unread, *self._kept.unread))
+        self.moments = self._kept.moments
         self.counts = COUNTS if self.moments else ()
 
     def read_moment(self, kind: str, name: str) -> Tensor:
+        """Problems where the checkpoint lacks some of what the optimizer kept."""
+        self._kept.check(self.path)
         if kind in self.counts:
             return torch.tensor(float(step_of(self.common) or 0))
         files = self.tensors
@@ -77,23 +76,13 @@ class MegatronSource(LinkedSource):
             return self._made(name, partial(files.read_kind, kind))
         return super().read_moment(kind, name)
 
-    def _moments(self) -> tuple[str, ...]:
-        """Kinds that every tensor has that the optimizer knows, in its shape."""
-        if not isinstance(self.tensors, DistFolder) or not self.tensors.kinds:
-            return ()
-        kinds = self.tensors.kinds
-        known = {name for of_kind in kinds.values() for name in of_kind}
-        return tuple(
-            sorted(
-                kind
-                for kind, of_kind in kinds.items()
-                if of_kind.keys() == known
-                and all(
-                    name in self.tensors.names and info.shape == self.tensors.names[name].shape
-                    for name, info in of_kind.items()
-                )
-            )
-        )
+
+def _kept(files: DistFolder) -> Kept:
+    """Kinds of what the optimizer keeps for each tensor; single numbers it keeps once for all, beside them."""
+    kinds = {kind: {name: info.shape for name, info in found.items()} for kind, found in files.kinds.items()}
+    found = kept({name: info.shape for name, info in files.names.items()}, kinds)
+    alone = (f"{kind}, which the optimizer kept: one number for a tensor" for kind in found.counts)
+    return replace(found, counts=(), unread=(*found.unread, *alone))
 
 
 def step_of(common: Mapping[str, Any]) -> float | None:
@@ -144,8 +133,9 @@ def _beside(
         extra=note.get("extra") if recipe else None,
         length=note.get("length") or settings.get("max_position_embeddings"),
         tokens=note.get("tokens") or {},
+        architecture=note.get("architecture"),
         tokenizer=belonging(folder),
-        unread=tuple(_unread(path, files, settings, not note)),
+        unread=(*_unread(path, files, settings, not note), *linked_away(folder)),
     )
 
 

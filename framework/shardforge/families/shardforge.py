@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from shardforge.checkpoint.storage import stored
 from shardforge.checkpoint.tensorfile import TYPES
 from shardforge.core.errors import CheckpointError
 from shardforge.core.rundir import RunDir
-from shardforge.families.source import Beside, Info, belonging
+from shardforge.families.kept import Kept, kept
+from shardforge.families.source import Beside, Info, belonging, linked_away
 from shardforge.recipe.load import load
 from shardforge.recipe.provenance import plain
 
@@ -49,12 +51,16 @@ class RunSource:
         self.model: dict[str, Any] = recipe["model"]
         self.beside = _beside(folder, self.step, recipe, manifest.get("extra") or {})
         self.names = {name: _info(entry) for name, entry in self._part(MODEL)}
-        self.moments, self.counts = _kept(self.names, dict(self._part(OPTIM)))
+        self._kept = _kept(self.names, dict(self._part(OPTIM)))
+        self.moments, self.counts = self._kept.moments, self._kept.counts
+        self.beside = replace(self.beside, unread=(*self.beside.unread, *self._kept.unread))
 
     def read(self, name: str) -> Tensor:
         return self._read(MODEL + name)
 
     def read_moment(self, kind: str, name: str) -> Tensor:
+        """Problems where the checkpoint lacks some of what the optimizer kept."""
+        self._kept.check(self.path)
         return self._read(f"{OPTIM}{name}.{kind}")
 
     def _part(self, prefix: str) -> Iterator[tuple[str, Entry]]:
@@ -68,6 +74,8 @@ class RunSource:
 
         A piece is mapped from its file while the iteration is there; only what is read of it costs anything.
         """
+        if kind:
+            self._kept.check(self.path)
         yield from self._boxes(self._entries[f"{OPTIM}{name}.{kind}" if kind else MODEL + name])
 
     def _boxes(self, entry: Entry) -> Iterator[tuple[tuple[int, ...], Tensor]]:
@@ -109,14 +117,16 @@ def _beside(folder: Path, step: int, recipe: dict[str, Any], extra: Mapping[str,
     """Weights that a conversion brought have no run behind them: neither step nor data, and another's tokenizer."""
     brought = extra.get(BESIDE) or {}
     rest = {key: value for key, value in extra.items() if key != BESIDE}
-    alone = bool(brought) and not rest
+    alone, mine = bool(brought) and not rest, recipe_of(folder).parent / TOKENIZER
     return Beside(
         step=(step or None) if alone else step,
         recipe=None if alone else recipe,
         extra=None if alone else rest,
         length=brought.get("length") if brought else (recipe.get("train") or {}).get("seq_len"),
         tokens=brought.get("tokens") or {},
-        tokenizer=belonging(recipe_of(folder).parent / TOKENIZER) or tokenizer_of(recipe),
+        architecture=brought.get("architecture"),
+        tokenizer=belonging(mine) or tokenizer_of(recipe),
+        unread=linked_away(mine),
     )
 
 
@@ -124,15 +134,9 @@ def _info(entry: Entry) -> Info:
     return Info(entry.shape, entry.dtype)
 
 
-def _kept(names: dict[str, Info], optim: dict[str, Entry]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Kinds of what the optimizer keeps for every weight that it updates: as large as the weight, and one number."""
+def _kept(names: dict[str, Info], optim: dict[str, Entry]) -> Kept:
     kinds: dict[str, dict[str, tuple[int, ...]]] = {}
     for full, entry in optim.items():
         name, _, kind = full.rpartition(".")
         kinds.setdefault(kind, {})[name] = entry.shape
-    updated = {name for of_kind in kinds.values() for name in of_kind if name in names}
-
-    whole = {kind: of_kind for kind, of_kind in kinds.items() if of_kind.keys() == updated}
-    moments = {kind for kind, of_kind in whole.items() if all(names[name].shape == of_kind[name] for name in updated)}
-    counts = {kind for kind in whole.keys() - moments if set(whole[kind].values()) == {()}}
-    return tuple(sorted(moments)), tuple(sorted(counts))
+    return kept({name: info.shape for name, info in names.items()}, kinds)

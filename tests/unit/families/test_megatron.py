@@ -324,6 +324,29 @@ def test_moments_and_steps_are_read_under_our_names(tmp_path):
     assert all(torch.equal(source.read_moment(k, name), x * ours[name]) for k, x in kinds.items() for name in ours)
 
 
+def with_moments(tmp_path: Path, without: str = "", **more: Tensor) -> Any:
+    """A checkpoint with the moments of Adam but for one that is left out."""
+    state = stacked(theirs(weights_of(ARGS), ARGS))
+    kinds = ("exp_avg", "exp_avg_sq")
+    held = {f"optimizer.state.{kind}.{name}": each for kind in kinds for name, each in state.items()}
+    held.pop(without, None)
+    save(tmp_path / "x", state | held | {f"optimizer.state.{name}": each for name, each in more.items()}, ARGS)
+    return open_source(tmp_path / "x")
+
+
+def test_a_moment_that_is_missing_of_one_weight_is_a_problem_for_whoever_reads_moments(tmp_path):
+    source = with_moments(tmp_path, without="optimizer.state.exp_avg_sq.decoder.final_layernorm.weight")
+    assert source.moments == ("exp_avg", "exp_avg_sq") and source.read("norm.weight").shape == (H,)
+    with pytest.raises(Problems, match=r"exp_avg_sq of decoder.final_layernorm.weight is missing(.|\n)*--moments drop"):
+        source.read_moment("exp_avg", "embed.weight")
+
+
+def test_what_an_optimizer_keeps_that_is_no_moment_is_told(tmp_path):
+    source = with_moments(tmp_path, **{"row.decoder.final_layernorm.weight": torch.zeros(3)})
+    assert source.moments == ("exp_avg", "exp_avg_sq")
+    assert "row, which the optimizer kept: it has the shape of no weight" in source.beside.unread
+
+
 def test_shards_of_an_optimizer_that_cannot_be_read_are_told(tmp_path):
     state = stacked(theirs(weights_of(ARGS), ARGS)) | {"optimizer.distributed.dp_group_idx_0.x": torch.zeros(4)}
     save(tmp_path / "x", state, ARGS, optimizer={})

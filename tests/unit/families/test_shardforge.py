@@ -5,7 +5,8 @@ import shutil
 import pytest
 import torch
 
-from shardforge.core.errors import CheckpointError
+from shardforge.checkpoint import audit
+from shardforge.core.errors import CheckpointError, Problems
 from shardforge.families.open import open_source
 from shardforge.families.shardforge import RunSource
 from shardforge.recipe.load import load
@@ -61,6 +62,25 @@ def test_what_the_optimizer_kept_is_given(run_of):
     source = open_source(run.path)
     assert source.moments == ("exp_avg", "exp_avg_sq")
     assert all(source.read_moment("exp_avg", name).shape == weight.shape for name, weight in weights.items())
+
+
+def test_a_moment_that_is_missing_of_one_weight_is_a_problem_for_whoever_reads_moments(run_of, monkeypatch):
+    run, weights = run_of(optimizer=True)
+    real = audit.opened
+
+    def opened(folder):
+        manifest, entries = real(folder)
+        return manifest, {name: entry for name, entry in entries.items() if name != "optim.norm.weight.exp_avg_sq"}
+
+    monkeypatch.setattr(audit, "opened", opened)
+    source = open_source(run.path)
+    assert source.moments == ("exp_avg", "exp_avg_sq") and same(source, weights)
+    for read in (
+        lambda: source.read_moment("exp_avg", "embed.weight"),
+        lambda: next(source.boxes("embed.weight", "step")),
+    ):
+        with pytest.raises(Problems, match=r"exp_avg_sq of norm.weight is missing"):
+            read()
 
 
 def test_without_an_optimizer_there_are_no_moments(run_of):
