@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from shardforge.checkpoint import state
 from shardforge.core.errors import CheckpointError
 from shardforge.core.rundir import RunDir
-from shardforge.families.deepspeed_files import STEP, ZERO, UniversalFolder
+from shardforge.families.deepspeed_files import CLIENT, STEP, ZERO, UniversalFolder
 from shardforge.families.deepspeed_partitions import PartitionFolder
 from shardforge.families.family import Family
 from shardforge.families.huggingface import CONFIG, beside_of, check_tied, family_of, model_of
@@ -34,8 +34,6 @@ from shardforge.model.build import build
 from shardforge.recipe.load import load
 from shardforge.recipe.provenance import plain
 
-CLIENT = "shardforge"
-"""Key of the client state under which a checkpoint that ShardForge wrote keeps recipe, model and position."""
 OURS = (Row(("{name}",), ("{name}",)),)
 WRAPPERS = ("", "module.", "model.", "_orig_mod.")
 OWN = (
@@ -163,7 +161,7 @@ def _spare(spelled: _Spelled, table: Sequence[Row], family: Family | None, model
 
 def _family(told: _Described) -> Family | None:
     try:
-        return publish(told.model, told.origin).family
+        return publish(told.model, told.origin, told.beside.architecture).family
     except CheckpointError:
         return None  # a model of ours alone has our names
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from shardforge.families.linked import LinkedSource, Tensors
 from shardforge.families.section import tied as is_tied
 from shardforge.families.section import whole
 from shardforge.families.settings import Settings
-from shardforge.families.source import Beside, Info, belonging
+from shardforge.families.source import CODE, Beside, Extract, Info, astray, belonging, linked_away
 from shardforge.families.table import Row
-from shardforge.families.tensorfolder import TensorFolder, read_json
+from shardforge.families.tensorfolder import INDEX, WHOLE, TensorFolder, read_json
 
 CONFIG = "config.json"
+CERTIFICATE = "conversion.json"  # of the conversion that made the folder
+WEIGHTS, SHOWN = ".safetensors", 6
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -39,21 +42,25 @@ class HuggingFaceSource(LinkedSource):
             spare.append(family.tied.replace(".", r"\."))
         table, idle = family.table(model), re.compile("|".join(f"(?:{each})" for each in spare) or r"(?!)")
         beside = beside_of(settings, absent, [name for name in tensors.names if idle.fullmatch(name)])
+        beside = replace(beside, unread=(*beside.unread, *_others(path, beside.tokenizer)))
         super().__init__(tensors, model, table, origin=config, spare=spare, beside=beside)
 
 
 def family_of(settings: Settings) -> Family:
     """The family of config.json's architecture; CheckpointError listing the known ones when it is none of them."""
-    known = families()
-    named = [str(each) for each in settings.get("architectures", [])]
-    for architecture in named:
-        if architecture in known:
-            return known[architecture]
+    known, named = families(), _architecture(settings)
+    if named is not None:
+        return known[named]
     raise CheckpointError(
-        f"architectures={named} is not one that can be read",
+        f"architectures={settings.get('architectures', [])} is not one that can be read",
         settings.path,
         f"known are {', '.join(known)}; a new one is a file in families/kinds",
     )
+
+
+def _architecture(settings: Settings) -> str | None:
+    known = families()
+    return next((each for each in map(str, settings.get("architectures", [])) if each in known), None)
 
 
 def model_of(family: Family, settings: Settings, names: Mapping[str, Info]) -> tuple[dict[str, Any], list[str]]:
@@ -120,4 +127,29 @@ def beside_of(settings: Settings, absent: Sequence[str] = (), idle: Sequence[str
     if quantised := settings.get("quantization_config"):
         method = quantised.get("quant_method")
         unread.append(f"how weights were quantised ({method}): they are read as the numbers that they stand for")
-    return Beside(length=length, tokens=tokens, tokenizer=belonging(settings.path.parent), unread=tuple(unread))
+    folder = settings.path.parent
+    unread += linked_away(folder)
+    return Beside(
+        length=length,
+        tokens=tokens,
+        tokenizer=belonging(folder),
+        architecture=_architecture(settings),
+        unread=tuple(unread),
+    )
+
+
+def _others(folder: Path, taken: Sequence[Path | Extract]) -> Iterator[str]:
+    """What else lies there, in a line or two."""
+    known = {CONFIG, WHOLE, INDEX, CERTIFICATE, *(file.name for file in (*taken, *astray(folder)))}
+    found = sorted(file for file in folder.iterdir() if file.name not in known and not file.name.startswith("."))
+    code = [file.name for file in found if file.suffix == CODE]
+    rest = [f"{file.name}/" if file.is_dir() else file.name for file in found if file.suffix not in (CODE, WEIGHTS)]
+    if code:
+        yield f"{_few(code)}: code, which is never copied; what needs it has to be told where it is"
+    if rest:
+        yield f"{_few(rest)}: neither weights nor of a tokenizer that is known"
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

@@ -6,7 +6,7 @@ the same, field by field; so what a family has no word for is an error that name
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,11 @@ class Published:
     left: tuple[str, ...] = ()  # what only training computes and config.json has no word for, a line each
 
 
-def publish(section: Mapping[str, Any], where: object) -> Published:
-    """The family that says a whole model section exactly. CheckpointError naming the fields that the nearest one
-    cannot say, when there is none."""
+def publish(section: Mapping[str, Any], where: object, first: str | None = None) -> Published:
+    """The family that says a whole model section exactly, that of the architecture `first` before all others.
+    CheckpointError naming the fields that the nearest one cannot say, when there is none."""
     nearest: tuple[int, str, list[str]] | None = None
-    for name, family in dict((id(each), (name, each)) for name, each in families().items()).values():
+    for name, family in _once(first):
         try:
             config = NAMELESS | family.config(dict(section))
             settings = Settings(config, PROPOSAL)
@@ -53,6 +53,15 @@ def publish(section: Mapping[str, Any], where: object) -> Published:
     more = [f"and {count - SHOWN} more"] if count > SHOWN else []
     told = "\n".join(f"      {line}" for line in [*lines[:SHOWN], *more])
     raise CheckpointError(f"no published family can say this model; {name} comes nearest, but:\n{told}", where)
+
+
+def _once(first: str | None) -> Iterator[tuple[str, Family]]:
+    """Each family under one of its architectures, that of `first` before the others."""
+    known, seen = families(), set()
+    for name in sorted(known, key=lambda each: each != first):
+        if id(known[name]) not in seen:
+            seen.add(id(known[name]))
+            yield name, known[name]
 
 
 def _refused(settings: Settings) -> list[str]:

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from shardforge.checkpoint.tensorheader import leads_out
+
 
 @dataclass(frozen=True)
 class Info:
@@ -39,6 +41,7 @@ class Beside:
     length: int | None = None  # tokens of the longest sequence that they are made for
     tokens: Mapping[str, Any] = field(default_factory=dict)  # "bos_token_id": 1 and the like, as config.json has them
     tokenizer: tuple[Path | Extract, ...] = ()  # files that belong to a tokenizer, generation_config.json among them
+    architecture: str | None = None  # that a config.json named, of several that may say the same model
     unread: tuple[str, ...] = ()  # what is there and cannot be taken along, a line each
 
 
@@ -49,14 +52,38 @@ KEPT = (
     "added_tokens.json",
     "vocab.*",
     "merges.txt",
+    "*.tiktoken",
+    "tiktoken.model",
+    "tekken.json",
+    "spiece.model",
+    "sentencepiece*.model",
     "chat_template*",
     "generation_config.json",
 )
 
 
+CODE = ".py"
+
+
 def belonging(folder: Path) -> tuple[Path, ...]:
-    """The files of a folder that go along with the weights wherever these go."""
-    return tuple(sorted({file for each in KEPT for file in folder.glob(each) if file.is_file()}))
+    """The files of a folder that go along with the weights wherever these go. Links out of it are none of it, and code
+    is never taken along."""
+    return tuple(file for file in _named(folder) if leads_out(file, folder) is None)
+
+
+def astray(folder: Path) -> tuple[Path, ...]:
+    """Files of a folder that would belong, were they not links out of it."""
+    return tuple(file for file in _named(folder) if leads_out(file, folder) is not None)
+
+
+def linked_away(folder: Path) -> tuple[str, ...]:
+    """A line each on those."""
+    return tuple(f"{file.name}: it is a link out of its folder, put the file itself there" for file in astray(folder))
+
+
+def _named(folder: Path) -> list[Path]:
+    found = {file for each in KEPT for file in folder.glob(each)}
+    return sorted(file for file in found if file.is_file() and file.suffix != CODE)
 
 
 class Source(Protocol):

@@ -161,7 +161,7 @@ def design(source: Source, options: Options) -> Universal:
 def _published(source: Source) -> tuple[Published | None, list[str]]:
     """The family whose names the weights get, and what to say when there is none."""
     try:
-        said = publish(source.model, source.path)
+        said = publish(source.model, source.path, source.beside.architecture)
         return said, list(said.left)
     except CheckpointError as error:
         return None, [f"published names, so the weights have ShardForge's: {error.what.splitlines()[0]}"]

@@ -59,7 +59,7 @@ class Folder:
 def design(source: Source, options: Options) -> Folder:
     """See `convert.format.Format`."""
     no_layout(options, "a Hugging Face folder")
-    said = publish(source.model, source.path)
+    said = publish(source.model, source.path, source.beside.architecture)
     shapes = {name: info.shape for name, info in source.names.items()}
     table = StateMap(said.family.table(source.model), shapes)
     if table.unnamed:

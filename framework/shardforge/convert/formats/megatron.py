@@ -220,5 +220,6 @@ def _note(source: Source) -> dict[str, Any]:
         "extra": beside.extra,
         "length": beside.length,
         "tokens": dict(beside.tokens),
+        "architecture": beside.architecture,
     }
     return json.loads(json.dumps(told))

@@ -86,7 +86,8 @@ def design(source: Source, options: Options) -> RunFolder:
     if source.moments and not kinds:
         left.append(f"what the optimizer kept ({', '.join((*source.moments, *source.counts))}): --moments drop")
     changed = _changes(source, _entries(files))
-    extra: dict[str, Any] = {BESIDE: {"tokens": dict(beside.tokens), "length": beside.length}}
+    known = {"tokens": dict(beside.tokens), "length": beside.length, "architecture": beside.architecture}
+    extra: dict[str, Any] = {BESIDE: known}
     if changed and (beside.recipe or beside.extra or source.moments):
         left.append(f"the run, which can be started from these weights but not gone on with: {changed[0]}")
     if not changed:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -71,12 +72,33 @@ def test_a_tokenizer_that_is_named_goes_along(run, published, tmp_path):
 def test_a_tokenizer_of_another_vocabulary_is_refused(run, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
-    added = [{"id": 32, "content": "<new>"}]
-    table = {"model": {"vocab": {f"t{number}": number for number in range(32)}}, "added_tokens": added}
+    table = {"model": {"vocab": {f"t{number}": number for number in range(33)}}}
     (other / "tokenizer.json").write_text(json.dumps(table))
     with pytest.raises(CheckpointError, match="token 32 of this tokenizer has no row in the model's table of vocab=32"):
         converted(run, tmp_path / "hf", tokenizer=other)
     assert not (tmp_path / "hf").exists()
+
+
+def test_a_token_that_was_added_behind_the_last_row_is_told(run, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    table = {"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 32, "content": "<image>"}]}
+    (other / "tokenizer.json").write_text(json.dumps(table))
+    made = converted(run, tmp_path / "hf", tokenizer=other)
+    assert (made.path / "tokenizer.json").is_file()
+    assert [line for line in made.certificate["left"] if line.startswith("token 32 of tokenizer.json, which was added")]
+
+
+def test_what_else_lies_in_a_published_folder_is_told(published, tmp_path):
+    copy = shutil.copytree(published, tmp_path / "copy")
+    for name in ("tokenization_kimi.py", "LICENSE", "tiktoken.model", "pytorch_model.bin"):
+        (copy / name).write_text("x")
+    made = converted(copy, tmp_path / "hf")
+    assert (made.path / "tiktoken.model").read_text() == "x" and not (made.path / "tokenization_kimi.py").exists()
+    assert made.certificate["left"][:2] == [
+        "tokenization_kimi.py: code, which is never copied; what needs it has to be told where it is",
+        "LICENSE, pytorch_model.bin: neither weights nor of a tokenizer that is known",
+    ]
 
 
 def test_a_folder_without_a_tokenizer_is_refused(run, tmp_path):
@@ -103,3 +125,13 @@ def test_a_model_that_no_family_can_say_names_the_field(tmp_path):
     with pytest.raises(ForgeError, match="no published family"):
         converted(odd, tmp_path / "hf")
     assert [path.name for path in tmp_path.iterdir()] == ["odd"]
+
+
+@pytest.mark.parametrize("between", ["shardforge", "deepspeed", "megatron"])
+def test_an_architecture_comes_back_where_another_could_say_the_model_too(run, tmp_path, between):
+    hf = converted(run, tmp_path / "hf")
+    told = config_of(hf) | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
+    (hf.path / "config.json").write_text(json.dumps(told))
+    there = converted(hf.path, tmp_path / "there", between)
+    back = converted(there.path, tmp_path / "back")
+    assert config_of(hf)["architectures"] == config_of(back)["architectures"] == ["MistralForCausalLM"]
