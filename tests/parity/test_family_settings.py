@@ -120,6 +120,29 @@ def test_a_field_that_changes_is_refused_or_changes_the_model(name):
     assert not [field for field in silent if not IDLE_FIELD.fullmatch(field)]
 
 
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+PAIRS = {
+    f"{one} and {two}": {"rope_scaling": first, "rope_parameters": second}
+    for one, first in (("none", None), ("empty", {}), ("linear", LINEAR), ("yarn", YARN))
+    for two, second in (
+        ("none", None),
+        ("plain", {"rope_type": "default"}),
+        ("linear", LINEAR),
+        ("faster linear", LINEAR | {"rope_theta": 123.0}),
+        ("yarn", YARN),
+    )
+}
+"""What is told of positions in the words before transformers 5, and in its own."""
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_positions_told_in_both_words_are_those_of_transformers_or_refused(name):
+    told, _ = fields(name)
+    bare = {key: value for key, value in told.items() if key not in ("rope_parameters", "rope_scaling")}
+    assert not wrong({pair: bare | both for pair, both in PAIRS.items()})
+
+
 NONSENSE = (
     "x",
     [1],

@@ -56,10 +56,20 @@ def families() -> dict[str, Family]:
 def rope(settings: Settings, base: float = 10000.0) -> dict[str, Any]:
     """The rotary position, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
 
-    `base` is the architecture's own, where the settings have no say."""
-    before = settings.get("rope_scaling", {})
-    told = dict(settings.get("rope_parameters", {}) or before)
-    position: dict[str, Any] = {"kind": "rope"}
+    `base` is the architecture's own, where the settings have no say. Where both are told they must say the same:
+    transformers before 5 knows the second alone, and 5.23 takes it before the first."""
+    told = [settings.get("rope_parameters", {}), settings.get("rope_scaling", {})]
+    first, *more = [_position(settings, each, base) for each in told if each] or [_position(settings, {}, base)]
+    for other in more:
+        if other != first:
+            differ = [key for key in first.keys() | other.keys() if first.get(key) != other.get(key)]
+            what = f"rope_parameters and rope_scaling are both set and differ in {', '.join(sorted(differ))}"
+            settings.wrong(f"{what}: programs disagree on which one counts")
+    return first
+
+
+def _position(settings: Settings, given: Mapping[str, Any], base: float) -> dict[str, Any]:
+    told, position = dict(given), dict[str, Any](kind="rope")
     for ours, theirs, usual in (("base", "rope_theta", base), ("fraction", "partial_rotary_factor", 1.0)):
         alone = settings.get(theirs, usual)
         found = told.pop(theirs, None) or alone
@@ -81,8 +91,8 @@ def rope(settings: Settings, base: float = 10000.0) -> dict[str, Any]:
         settings.wrong(f"{what} is not max_position_embeddings={longest}, which is what counts there")
     for key in sorted(told.keys() - names.keys()):
         settings.wrong(f"{key} is not a field of rope_type={kind!r} that is supported")
-    given = {ours: told[theirs] for theirs, ours in names.items() if told.get(theirs) is not None}
-    return position | {"scaling": {"kind": kind} | given} if names else position
+    said = {ours: told[theirs] for theirs, ours in names.items() if told.get(theirs) is not None}
+    return position | {"scaling": {"kind": kind} | said} if names else position
 
 
 def rope_config(position: Mapping[str, Any]) -> dict[str, Any]:

@@ -55,7 +55,8 @@ PLAIN = {
     "rope.freq_base": "rope_theta",
 }
 """Settings behind the name of the architecture -> config.json."""
-IDLE = {"rope.dimension_count", "attention.value_length", "attention.causal"}
+IDLE = {"rope.dimension_count", "attention.value_length"}
+CAUSAL = "attention.causal"
 IDLE |= {f"rope.scaling.{name}" for name in ("type", "factor", "original_context_length", "finetuned")}
 TOKENS = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
 
@@ -169,7 +170,8 @@ def _unsupported(file: GgufFile, kind: Kind, settings: Settings) -> None:
     prefix = file.said["general.architecture"] + "."
     for name, value in file.said.items():
         ours = name.removeprefix(prefix)
-        if name.startswith(prefix) and ours not in PLAIN and ours not in IDLE and value not in (0, False):
+        known = ours in PLAIN or ours in IDLE or (value is True if ours == CAUSAL else value in (0, False))
+        if name.startswith(prefix) and not known:
             settings.wrong(f"{name}={value!r} is not supported")
     width = _width(settings.data)
     for name in ("attention.value_length", *(("rope.dimension_count",) if kind.paired else ())):

@@ -22,8 +22,13 @@ REFUSED: tuple[str, ...] = (
 REFUSED += ("qk_l2_norm", "linear_attention_type", "experimental_attention_variant", "hybrid_override_pattern")
 REFUSED += ("hybrid_layer_pattern", "is_hybrid_model", "moe_latent_size", "moe_apply_probs_on_input")
 REFUSED += ("moe_expert_capacity_factor", "moe_router_force_load_balancing", "dsa_indexer_n_heads")
+REFUSED += ("moe_router_topk_limited_devices",)
 LOSSES = {"aux_loss": "sequence", "seq_aux_loss": "sequence", "global_aux_loss": "batch"}
-CLAMPED = ("quick_geglu", "glu_linear_offset", "activation_func_clamp_value")
+SWITCHED_OFF = "none"
+BALANCING = "moe_router_load_balancing_type"
+INTERPOLATION = "rotary_seq_len_interpolation_factor"
+BENT = ("glu_linear_offset", "activation_func_clamp_value")
+CLAMPED = ("quick_geglu", *BENT)
 
 
 def vocabulary(settings: Settings) -> tuple[int, int]:
@@ -113,7 +118,9 @@ def _latent(settings: Settings, norm: dict[str, Any]) -> dict[str, Any]:
             "beta_slow": float(settings.get("beta_slow", 1)),
             **({} if (mscale, weight) == (1.0, 0.0) else {"mscale": mscale, "mscale_all_dim": weight}),
         }
-    elif weight:
+    else:
+        settings.only("rotary_percent", 1.0)
+    if weight and "scaling" not in position:
         mixer["scale"] = (0.1 * weight * math.log(factor) + 1.0) ** 2 / math.sqrt(plain + turning)
     return {
         "kind": "mla",
@@ -144,10 +151,12 @@ def _places(settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
     if kind == "yarn":
         settings.only("rotary_percent", 1.0)
         settings.only("rotary_interleaved", False)
+        settings.only(INTERPOLATION, 1)
         return {"kind": "token"}, rope | {"scaling": _yarn(settings)}
-    if factor := settings.get("rotary_seq_len_interpolation_factor"):
+    if factor := settings.get(INTERPOLATION):
         rope["scaling"] = {"kind": "linear", "factor": float(factor)}
     if settings.get("use_rope_scaling"):
+        settings.only(INTERPOLATION, 1)  # there the one is applied after the other
         rope["scaling"] = {"kind": "llama3", "factor": float(settings.get("rope_scaling_factor", 8.0)), **LLAMA3}
     return {"kind": "token"}, rope
 
@@ -183,6 +192,8 @@ def _dense(settings: Settings) -> dict[str, Any]:
     told = {"inner": inner, "bias": bool(settings.get("add_bias_linear", True))}
     settings.only("quick_geglu", False)  # outside of a mixture
     gated = settings.get("swiglu", False)
+    if gated:
+        settings.unknown(BENT, "supported in mixtures alone")
     return {"kind": "glu", **told} if gated else {"kind": "mlp", "activation": _curve(settings), **told}
 
 
@@ -256,8 +267,6 @@ def _moe(settings: Settings) -> dict[str, Any]:
 def _router(settings: Settings, biased: bool) -> dict[str, Any]:
     k = settings.get("moe_router_topk", 2)
     settings.only("moe_router_score_function", "softmax", "sigmoid")
-    if settings.get("moe_router_load_balancing_type") == "sinkhorn":
-        settings.wrong("moe_router_load_balancing_type='sinkhorn' is not supported")
     router: dict[str, Any] = {"kind": "topk", "bias": biased}
     if settings.get("moe_router_score_function", "softmax") == "sigmoid":
         router |= {"score": "sigmoid", "weights": "raw" if k == 1 else "renormalized"}
@@ -277,9 +286,13 @@ def _router(settings: Settings, biased: bool) -> dict[str, Any]:
 
 
 def _balance(settings: Settings) -> list[dict[str, Any]]:
-    kinds, weights = settings.get("moe_router_load_balancing_type") or "aux_loss", settings.get("moe_aux_loss_coeff")
-    kinds = [kinds] if isinstance(kinds, str) else list(kinds)
-    weights = weights if isinstance(weights, list | tuple) else [weights] * len(kinds)
+    told, weights = settings.get(BALANCING) or "aux_loss", settings.get("moe_aux_loss_coeff")
+    kinds = list(told) if isinstance(told, list | tuple) else [told]
+    if odd := [kind for kind in kinds if kind != SWITCHED_OFF and kind not in LOSSES]:
+        settings.wrong(f"{BALANCING}={told!r}: {', '.join(map(repr, odd))} is not supported, only {', '.join(LOSSES)}")
+    weights = list(weights) if isinstance(weights, list | tuple) else [weights] * len(kinds)
+    if len(weights) != len(kinds):
+        settings.wrong(f"moe_aux_loss_coeff={weights!r} are not as many as {BALANCING}={told!r}")
     rows = settings.get("micro_batch_size", 1)
     found: dict[str, dict[str, Any]] = {}
     for kind, weight in zip(kinds, weights, strict=False):

@@ -28,6 +28,9 @@ def moe(settings: Settings, experts: int, inner: int, *, weights: str, coefficie
     k = settings.need("num_experts_per_tok")
     factor = settings.get("router_aux_loss_coef", coefficient)
     charged = settings.get("output_router_logits", False) and factor > 0
+    if factor > 0 and not charged and settings.get("router_aux_loss_coef"):
+        what = f"router_aux_loss_coef={factor}: without output_router_logits transformers charges no loss by it"
+        settings.note(f"{what}, nor does the recipe")
     return {
         "kind": "moe",
         "experts": experts,

@@ -17,7 +17,8 @@ SILENT = (
     *("architectures", "model_type", "auto_map", "transformers_version", r"transformers\.js_config", "is_llama_config"),
     *("torch_dtype", "dtype", "use_bfloat16", "use_cache", "_?name_or_path", "_commit_hash", r"unsloth\w*"),
     *(r"_?attn_implementation\w*", r"_?experts_implementation\w*", r"_?(use_)?flash_att\w*", "reorder_and_upcast_attn"),
-    *(r"\w+_token(_ids?)?", "tokenizer_class", "vocab_file", "max_position_embeddings", "n_ctx"),
+    *(r"\w+_token_ids?", r"\w*(bos|eos|pad|unk|sep|cls|mask)_token", "tokenizer_class", "vocab_file"),
+    *("max_position_embeddings", "n_ctx"),
     *("(model_max|max_sequence|seq)_length", "(min|max)_(new_)?(length|tokens)", "chunk_size_feed_forward"),
     *("initializer_range", r"\w*dropout", r"\w+_pdrop", "pretraining_tp", "gradient_checkpointing", r"summary_\w+"),
     *("output_attentions", "output_hidden_states", "output_router_logits", r"router_\w+_loss_coef", "output_scores"),
@@ -27,6 +28,12 @@ SILENT = (
     *(r"(diversity|repetition|length)_penalty", r"\w*suppress_tokens", r"\w*no_repeat_ngram_size", "bad_words_ids"),
 )
 """Patterns of fields that no model computes anything by, however they are set."""
+TRAINED = (
+    *(r"(attention|hidden|embedding|residual|activation)_dropout", "dropout", r"(attn|embd|resid)_pdrop"),
+    r"router_\w+_loss_coef",
+)
+"""Patterns of those that count in training alone: told, where they are set."""
+CAUSAL = "is_causal"
 
 
 class Settings:
@@ -107,10 +114,14 @@ class Settings:
 
     def settle(self) -> None:
         """Problems when there were any; one is a field that nobody has asked for, unless it is switched off."""
-        silent = re.compile("|".join(SILENT))
+        silent, trained = re.compile("|".join(SILENT)), re.compile("|".join(TRAINED))
+        if self.given(CAUSAL, True) is not True:
+            self.wrong(f"{CAUSAL}={self.data[CAUSAL]!r} is not supported, only True")
         fix = "take it out of config.json if it does not change what the model computes"
         for key, found in self.data.items():
-            if found and key not in self._asked and not silent.fullmatch(key):
+            if found and key not in self._asked and trained.fullmatch(key):
+                self.note(f"{key}={found!r}: it counts in training alone, where a recipe says its own")
+            elif found and key not in self._asked and not silent.fullmatch(key):
                 told = repr(found)
                 short = told if len(told) < SHOWN else f"{told[:SHOWN]}..."
                 self.problems.append(CheckpointError(f"{key}={short} is a field that is not supported", self.path, fix))

@@ -78,6 +78,31 @@ def test_the_words_before_transformers_5_mean_the_same():
     assert rope(before) == rope(of(rope_parameters=told))
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize(
+    ("scaling", "parameters", "field"),
+    [
+        (YARN, {"rope_type": "default"}, "scaling"),
+        (YARN, YARN | {"factor": 8.0}, "scaling"),
+        (YARN, YARN | {"rope_theta": 500.0}, "base"),
+        ({"rope_type": "default"}, YARN, "scaling"),
+    ],
+)
+def test_two_words_for_positions_that_differ_are_a_problem(scaling, parameters, field):
+    settings = of(rope_scaling=scaling, rope_parameters=parameters)
+    rope(settings)
+    (told,) = problems(settings)
+    assert told.startswith(f"rope_parameters and rope_scaling are both set and differ in {field}:")
+
+
+@pytest.mark.parametrize("scaling", [YARN, {"type": "yarn"} | {k: v for k, v in YARN.items() if k != "rope_type"}, {}])
+def test_two_words_for_the_same_positions_are_read(scaling):
+    settings = of(rope_theta=500.0, rope_scaling=scaling, rope_parameters=YARN | {"rope_theta": 500.0})
+    assert rope(settings) == rope(of(rope_parameters=YARN | {"rope_theta": 500.0})) and not problems(settings)
+
+
 def test_a_base_that_nobody_tells_is_the_architecture_s():
     assert rope(of(), base=77.0)["base"] == 77.0
 

@@ -135,6 +135,7 @@ def write(
     named = {f"{arch}.{key.replace('__', '.')}": value for key, value in settings.items()}
     for name, value in (named | (tokenizer or {})).items():
         add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32, list: writer.add_array}
+        add[bool] = writer.add_bool
         add[type(value)](name, value)
     if config.rope_parameters["rope_type"] == "llama3":
         writer.add_tensor("rope_freqs.weight", factors(config).numpy())
@@ -211,12 +212,18 @@ def test_of_several_files_one_must_be_named(tmp_path):
         ({"attention__value_length": 8}, r"qwen2.attention.value_length=8, heads are 16 wide"),
         ({"rope__scaling__type": "longrope"}, r"longrope"),
         ({"logit_scale": 0.5}, r"qwen2.logit_scale=0.5 is not supported"),
+        ({"attention__causal": False}, r"qwen2.attention.causal=False is not supported"),
     ],
 )
 def test_a_setting_that_would_make_another_model_is_named(tmp_path, settings, told):
     path = write(tmp_path / "x.gguf", "qwen2", model_of(MODELS["qwen2"][1]()), **settings)
     with pytest.raises(ForgeError, match=told):
         open_source(path)
+
+
+def test_attention_that_is_causal_may_be_said_so(tmp_path):
+    path = write(tmp_path / "x.gguf", "qwen2", model_of(MODELS["qwen2"][1]()), attention__causal=True)
+    assert open_source(path).model["blocks"]["dense"]["mixer"]["mask"]["kind"] == "causal"
 
 
 def test_another_architecture_is_named(tmp_path):

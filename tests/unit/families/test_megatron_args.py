@@ -120,3 +120,51 @@ def test_what_megatron_cannot_say_is_refused_by_name(changed, field):
 def test_published_models_are_said(name):
     told = plain(load_model(RECIPES / f"{name}.yaml").recipe.model)
     assert differing(told, read(arguments(told, told["vocab"], LENGTH))) == []
+
+
+GATED: dict[str, Any] = {"num_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 24, "moe_layer_freq": 2}
+TWO = ["aux_loss", "seq_aux_loss"]
+INTERPOLATED: dict[str, Any] = {"rotary_seq_len_interpolation_factor": 2}
+
+
+def misread(args: dict[str, Any]) -> list[str]:
+    """Problems of the arguments of a plain model with changes."""
+    settings = Settings(arguments(section(), VOCAB, LENGTH) | args, Path("args"))
+    model(settings)
+    return [problem.what for problem in settings.problems]
+
+
+@pytest.mark.parametrize(
+    ("changed", "field"),
+    [
+        ({"activation_func_clamp_value": 7.0}, "activation_func_clamp_value"),
+        ({"glu_linear_offset": 1.0}, "glu_linear_offset"),
+        ({"use_rope_scaling": True} | INTERPOLATED, "rotary_seq_len_interpolation_factor"),
+        (
+            {"position_embedding_type": "yarn", "yarn_original_max_position_embeddings": 8} | INTERPOLATED,
+            "rotary_seq_len_interpolation_factor",
+        ),
+        (GATED | {"moe_router_load_balancing_type": "sinkhorn"}, "moe_router_load_balancing_type"),
+        (GATED | {"moe_router_load_balancing_type": ["sinkhorn"]}, "moe_router_load_balancing_type"),
+        (GATED | {"moe_router_load_balancing_type": TWO, "moe_aux_loss_coeff": [0.1]}, "moe_aux_loss_coeff"),
+        (GATED | {"moe_router_topk_limited_devices": 2}, "moe_router_topk_limited_devices"),
+        ({"multi_latent_attention": True, "rope_type": "rope", "rotary_percent": 0.5}, "rotary_percent"),
+    ],
+)
+def test_what_an_argument_asks_for_beyond_is_refused_by_name(changed, field):
+    assert [line.partition("=")[0] for line in misread(changed)] == [field]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"use_rope_scaling": True},
+        INTERPOLATED,
+        GATED | {"moe_router_load_balancing_type": TWO, "moe_aux_loss_coeff": [0.1, 0.2]},
+        GATED | {"moe_router_load_balancing_type": "none"},
+        {"multi_latent_attention": True, "rope_type": "rope", "rotary_percent": 1.0},
+    ],
+)
+def test_what_is_within_is_read(changed):
+    assert misread(changed) == []

@@ -29,6 +29,13 @@ def test_a_loss_that_transformers_does_not_take_is_none():
     assert moe(router_aux_loss_coef=0.25)["balance"] == []
 
 
+@pytest.mark.parametrize(("told", "lines"), [({}, 0), ({"output_router_logits": True}, 0), ({"k": 1}, 1)])
+def test_a_coefficient_that_does_not_count_is_told(told, lines):
+    settings = of(**({"router_aux_loss_coef": 0.25} if told else {}), **told)
+    mixtures.moe(settings, 4, 8, weights="raw", coefficient=0.5)
+    assert len([line for line in settings.notes if line.startswith("router_aux_loss_coef=0.25: ")]) == lines
+
+
 @pytest.mark.parametrize(("told", "weight"), [({"router_aux_loss_coef": 0.25}, 0.5), ({}, 1.0)])
 def test_a_loss_that_transformers_takes_is_as_large_at_balance(told, weight):
     (loss,) = moe(output_router_logits=True, **told)["balance"]

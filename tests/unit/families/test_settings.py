@@ -32,6 +32,35 @@ def test_a_field_that_is_switched_off_need_not_be_asked_for(off):
     assert problems(of(clip_qkv=off)) == []
 
 
+@pytest.mark.parametrize("found", [False, None, 0, "no"])
+def test_attention_that_is_not_causal_is_refused_though_it_looks_switched_off(found):
+    assert problems(of(is_causal=found)) == [f"is_causal={found!r} is not supported, only True"]
+
+
+def test_attention_that_is_causal_may_be_said_so():
+    assert problems(of(is_causal=True)) == []
+
+
+@pytest.mark.parametrize("name", ["attention_dropout", "resid_pdrop", "embd_pdrop", "dropout", "router_z_loss_coef"])
+def test_what_counts_in_training_alone_is_told(name):
+    settings = of(**{name: 0.1})
+    settings.settle()
+    assert settings.notes == [f"{name}=0.1: it counts in training alone, where a recipe says its own"]
+
+
+@pytest.mark.parametrize("name", ["summary_first_dropout", "classifier_dropout"])
+def test_dropout_of_what_is_no_language_model_is_not_told(name):
+    settings = of(**{name: 0.1})
+    settings.settle()
+    assert settings.notes == []
+
+
+def test_no_dropout_is_not_told():
+    settings = of(attention_dropout=0.0)
+    settings.settle()
+    assert settings.notes == []
+
+
 @pytest.mark.parametrize(
     "name",
     ["architectures", "torch_dtype", "bos_token_id", "suppress_tokens", "attention_dropout", "resid_pdrop", "top_p"],
@@ -40,7 +69,10 @@ def test_a_field_that_no_model_computes_by_may_be_set(name):
     assert problems(of(**{name: "anything"})) == []
 
 
-@pytest.mark.parametrize("name", ["attention_bias", "rope_theta", "token_id_scale", "dropout_free_scale", "top_pool"])
+@pytest.mark.parametrize(
+    "name",
+    ["attention_bias", "rope_theta", "token_id_scale", "dropout_free_scale", "top_pool", "num_experts_per_token"],
+)
 def test_a_field_whose_name_is_only_like_those_is_a_problem(name):
     assert len(problems(of(**{name: True}))) == 1
 

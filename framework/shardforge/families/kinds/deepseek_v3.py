@@ -33,6 +33,8 @@ FURTHER = {"embed_norm": "enorm", "hidden_norm": "hnorm", "project": "eh_proj", 
 
 def model(settings: Settings) -> dict[str, Any]:
     layout = "interleaved" if settings.get("rope_interleave", True) else "half"
+    if weight := settings.get("aux_loss_alpha"):
+        settings.note(f"aux_loss_alpha={weight}: no loss for even use is read, a recipe says its own")
     return deepseek.model(settings, router, dense=3, layout=layout, further=depth(settings))
 
 

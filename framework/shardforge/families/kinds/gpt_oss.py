@@ -48,7 +48,7 @@ def model(settings: Settings) -> dict[str, Any]:
     settings.only("experts_per_token", settings.get("num_experts_per_tok"))
     settings.only("hidden_act", "silu")
     turning = settings
-    if settings.get("rope_parameters") is None and settings.get("rope_scaling") is None:
+    if settings.get("rope_parameters") is None and not settings.get("rope_scaling"):
         turning = settings.changed({"rope_scaling": YARN})
     bias = "all" if settings.get("attention_bias", True) else "none"
     mixer = decoder.attention(turning, bias=bias, kv_heads=GROUPS, head_dim=WIDTH, base=BASE) | {"sinks": "learned"}
