@@ -116,7 +116,7 @@ def _convert(args: argparse.Namespace) -> None:
     from shardforge.convert.run import convert as made
 
     def make(source: Path, target: Path, to: str) -> object:
-        return made(source, target, Options(to=to, shard_bytes=1 << 28), proof="none")
+        return made(source, target, Options(to=to), proof="none")
 
     for dtype in args.dtypes:
         size = convert.usual(args.hidden, args.inner, dtype)

@@ -23,14 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", type=Path, nargs="?", help="folder to make")
     parser.add_argument("--to", metavar="FORMAT", help="huggingface, shardforge, megatron or deepspeed")
     parser.add_argument("--layout", metavar="L", help="ranks that will read it, like tp2-pp4, where the format says so")
+    parser.add_argument("--dtype", choices=("source", "bf16", "fp16", "fp32"), help="of weights (default: source)")
+    parser.add_argument("--moments", choices=("carry", "drop"), help="what the optimizer kept (default: carry)")
+    parser.add_argument("--shard-size", metavar="SIZE", help="of one file (default: a 16th of all, 256MiB to 4GiB)")
     parser.add_argument(
-        "--dtype", choices=("source", "bf16", "fp16", "fp32"), default="source", help="of weights (default: source)"
+        "--tokenizer", type=Path, metavar="DIR", help="tokenizer files, or none (default: SOURCE's own)"
     )
-    parser.add_argument(
-        "--moments", choices=("carry", "drop"), default="carry", help="what the optimizer kept (default: carry)"
-    )
-    parser.add_argument("--shard-size", metavar="SIZE", default="4GiB", help="of one file (default: 4GiB)")
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer files; SOURCE's own unless given")
     parser.add_argument("--config", type=Path, metavar="FILE", help="config.json or recipe of a DeepSpeed checkpoint")
     parser.add_argument("--processes", type=int, metavar="N", help="all cores unless given; the result is the same")
     parser.add_argument(
@@ -56,15 +54,15 @@ def run(args: argparse.Namespace) -> None:
     from shardforge.checkpoint.filling import Counted, shown
     from shardforge.convert.format import Options
     from shardforge.convert.run import convert
-    from shardforge.families.open import open_source
 
     options = Options(
         to=args.to,
         layout=layout(args.layout),
-        dtype=args.dtype,
-        moments=args.moments,
-        shard_bytes=size(args.shard_size),
+        dtype=args.dtype or "source",
+        moments=args.moments or "carry",
+        shard_bytes=None if args.shard_size is None else size(args.shard_size),
         tokenizer=args.tokenizer,
+        config=args.config,
     )
     begun = time.perf_counter()
     try:
@@ -77,7 +75,6 @@ def run(args: argparse.Namespace) -> None:
             processes=args.processes,
             progress=partial(shown, doing="converting"),
             proving=Counted("proving"),
-            opener=partial(open_source, config=args.config),
         )
     except KeyboardInterrupt:
         print(f"{args.target} is not there yet; the same command goes on with it", file=sys.stderr)
@@ -117,7 +114,16 @@ def _check(args: argparse.Namespace) -> None:
 
     if args.source is not None or args.target is not None or args.to is not None:
         raise ForgeError("--check converts nothing", "--check", "leave SOURCE, TARGET and --to out")
-    print(check(args.check, proof=args.proof))
+    unused = {"--layout": args.layout, "--shard-size": args.shard_size, "--tokenizer": args.tokenizer}
+    unused |= {"--processes": args.processes, "--dtype": args.dtype, "--moments": args.moments}
+    if given := [option for option, value in unused.items() if value is not None]:
+        what = f"--check has no place for {', '.join(given)}"
+        raise ForgeError(what, "--check", "leave it out; --proof, --bisect and --config are for --check too")
+    proof = args.proof or ("auto" if args.bisect else None)
+    if args.config is not None and proof is None:
+        what = "--config says the model of the source, which is read for a proof alone"
+        raise ForgeError(what, "--check", "add --proof auto, or leave --config out")
+    print(check(args.check, proof=proof, bisect=args.bisect, config=args.config))
 
 
 def _tell(made: Converted, spent_s: float) -> None:
@@ -129,7 +135,8 @@ def _tell(made: Converted, spent_s: float) -> None:
     total = sum(file["bytes"] for file in target["files"].values())
     rate = bytes_(total / made.writing_s) if made.fresh else ""
     took = f": {bytes_(total)} at {rate}/s, {seconds(spent_s)} with the proof" if made.fresh else ""
-    print(f"{'made' if made.fresh else 'already made, nothing to do:'} {made.path}{took}")
+    done = "already made, proved now:" if made.proved else "already made, nothing to do:"
+    print(f"{'made' if made.fresh else done} {made.path}{took}")
     print(f"  {found['source']['format']} -> {target['format']}: {len(found['tensors'])} tensors")
     changes = ", ".join(f"{count} {word}" for word, count in found["changes"].items())
     print(f"  {changes or 'no tensor was changed'}")

@@ -28,8 +28,11 @@ def run(args: argparse.Namespace) -> int:
 
 def begin(loaded: Loaded, words: Sequence[str]) -> int:
     """This process as a rank of the run, or the launcher of all its ranks, each of which does `shardforge WORDS`."""
+    from shardforge.train.run import check_place
     from shardforge.train.world import distributed
 
+    if not distributed():
+        check_place(loaded)  # before a file is written where it may not belong
     if distributed() or loaded.recipe.parallel.world_size == 1:
         from shardforge.train.main import main
 

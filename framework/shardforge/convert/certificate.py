@@ -1,8 +1,8 @@
 """conversion.json: what a conversion read, what it wrote, how one became the other, and what proves it.
 
-identity   what the bytes depend on: fingerprint of the source, options, version
+identity   what the bytes depend on: path, files and fingerprint of the source, options, version
 tool       versions of what wrote it
-source     path, format, step; its files with their bytes; digest of all hashes under `weights`
+source     path, format, step, config that said its model; files with their bytes; digest of all hashes in `weights`
 target     format; path of what `open_source` opens inside the folder; its files with bytes and sha256
 model      the model section of a recipe that both are
 changes    how many tensors were renamed, joined, cast, ...
@@ -26,7 +26,8 @@ import torch
 
 import shardforge
 from shardforge.checkpoint import tensorfile
-from shardforge.convert.format import File, Item, Writer
+from shardforge.convert import tokenizer
+from shardforge.convert.format import File, Item, Options, Writer
 from shardforge.convert.pieces import label
 from shardforge.core.errors import CheckpointError
 from shardforge.families.forms import SAME, Chain, Form, Reversed
@@ -48,7 +49,7 @@ WORDS = {
 
 
 def collect(
-    source: Source, writer: Writer, records: Sequence[Mapping[str, Any]], folder: Path, to: str
+    source: Source, writer: Writer, records: Sequence[Mapping[str, Any]], folder: Path, options: Options
 ) -> dict[str, Any]:
     """The certificate without `identity` and `proof`. CheckpointError when a weight that was read twice differed."""
     weights: dict[str, str] = {}
@@ -68,11 +69,12 @@ def collect(
             "path": str(source.path.resolve()),
             "format": format_of(source),
             "step": source.beside.step,
+            "config": str(options.config) if options.config else None,
             "files": {name: size for name, (size, _) in files(source.path).items()},
             "digest": hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest(),
         },
         "target": {
-            "format": to,
+            "format": options.to,
             "opens": str(writer.opened(folder).relative_to(folder)),
             "files": dict(_written(folder, records)),
         },
@@ -81,7 +83,7 @@ def collect(
         "weights": read,
         "tensors": tensors,
         "odd": {name: count for record in records for name, count in record["odd"].items()},
-        "left": [*source.beside.unread, *writer.left],
+        "left": [*source.beside.unread, *writer.left, *tokenizer.left(source, options)],
     }
 
 
@@ -106,6 +108,26 @@ def read(folder: Path) -> dict[str, Any]:
 def format_of(source: Source) -> str:
     """ "huggingface", "shardforge", ...: the module that reads it."""
     return type(source).__module__.rpartition(".")[2]
+
+
+def kinds(found: Mapping[str, Any]) -> set[str]:
+    """What of an optimizer was carried, "exp_avg" and the like."""
+    return {name.rpartition(".")[2] for name in found["weights"] if name.startswith("optim.")}
+
+
+def cast(found: Mapping[str, Any]) -> bool:
+    """Whether weights have another number type than in the source."""
+    return any(tensor["cast"] for tensor in found["tensors"])
+
+
+def changed(folder: Path, found: Mapping[str, Any]) -> list[str]:
+    """Files of the certificate that are gone or have another size, a line each."""
+    there = {name: size for name, (size, _) in files(folder).items()}
+    return [
+        f"{name} is gone" if name not in there else f"{name} has {there[name]} bytes, {file['bytes']} were written"
+        for name, file in found["target"]["files"].items()
+        if there.get(name) != file["bytes"]
+    ]
 
 
 def files(folder: Path) -> dict[str, tuple[int, int]]:

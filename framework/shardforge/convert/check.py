@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -32,17 +33,19 @@ class Checked:
     weights: int  # that read back as the numbers that the source had, those of the optimizer included
     notes: tuple[str, ...]  # what was not looked at, and what was added since
     proof: Mapping[str, Any]  # as `Proof.plain` gives it; of the certificate unless it was asked for anew
+    layers: bool = False  # say those of the proof too
 
     def __str__(self) -> str:
         first = (
             f"as certified: {self.files} files, {bytes_(self.bytes)}; {self.weights} tensors read back as the source's"
         )
-        return "\n  ".join([first, *self.notes, *lines(self.proof, layers=False)])
+        return "\n  ".join([first, *self.notes, *lines(self.proof, layers=self.layers)])
 
 
-def check(folder: Path, *, proof: How | None = None) -> Checked:
+def check(folder: Path, *, proof: How | None = None, bisect: bool = False, config: Path | None = None) -> Checked:
     """Hash every file and every weight of `folder` again; with `proof` also prove it again, for which the source must
-    still lie where it was.
+    still lie where it was. `bisect` is as for `convert.proof.prove`; `config` as for `families.open.open_source` of the
+    source, and that of the conversion unless it is given.
 
     CheckpointError when there is no certificate; Problems with everything that is not as it says.
     """
@@ -54,18 +57,20 @@ def check(folder: Path, *, proof: How | None = None) -> Checked:
         size = sum(int(file["bytes"]) for file in told["target"]["files"].values())
         counts = len(told["target"]["files"]), size, found.equal
         paths = Path(told["source"]["path"]), folder / told["target"]["opens"]
-        proved, cast = told["proof"], any(tensor["cast"] for tensor in told["tensors"])
+        proved, known = told["proof"], told["source"].get("config")
+        asked = {"cast": certificate.cast(told), "kinds": certificate.kinds(told)}
+        opener = partial(open_source, config=config or (Path(known) if known else None))
     except (KeyError, TypeError, AttributeError, ValueError) as cause:
         what = f"the certificate says nothing that can be checked: {type(cause).__name__}: {cause}"
         raise CheckpointError(what, folder / certificate.NAME, AGAIN) from cause
     if proof is not None and not problems:
         try:
-            proved = prove(*paths, how=proof, cast=cast, bisect=False).plain()
+            proved = prove(*paths, how=proof, bisect=bisect, opener=opener, **asked).plain()
         except ForgeError as cause:
             problems.append(cause)
     if problems:
         raise Problems(problems, str(folder))
-    return Checked(*counts, tuple(notes), proved)
+    return Checked(*counts, tuple(notes), proved, bisect)
 
 
 def _files(folder: Path, told: Mapping[str, Any]) -> Iterator[ForgeError]:

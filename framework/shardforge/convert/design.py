@@ -16,6 +16,10 @@ from shardforge.families.source import Source
 from shardforge.families.statemap import Group
 from shardforge.model.build import build
 
+SHARD_BYTES = (256 << 20, 4 << 30)
+"""The least and the most of a file whose size nobody chose."""
+SHARDS = 16
+"""Files in between: each is one process's work from beginning to end, and so many processes can share it."""
 NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -52,9 +56,17 @@ def items(group: Group, names: Mapping[str, str], source: Source, kind: str = ""
         yield Item(f"{prefix}{name}", dtype, tuple(tensor.shape), group.ours, part, group.form, kind)
 
 
-def sharded(items: Iterable[Item], limit: int) -> list[list[Item]]:
-    """Items in files, of which each is closed when it has reached `limit` bytes."""
-    found: list[list[Item]] = []
+def shard_bytes(total: int) -> int:
+    """Bytes of a file, in whole MiB, of a result of `total` bytes; whoever makes it, with however many processes."""
+    least, most = SHARD_BYTES
+    return min(most, max(least, -(-total // (SHARDS << 20)) << 20))
+
+
+def sharded(items: Iterable[Item], limit: int | None) -> list[list[Item]]:
+    """Items in files, of which each is closed when it has reached `limit` bytes, or those of `shard_bytes`."""
+    items, found = list(items), list[list[Item]]()
+    if limit is None:
+        limit = shard_bytes(sum(item.bytes for item in items))
     size = limit
     for item in items:
         if size >= limit:

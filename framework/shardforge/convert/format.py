@@ -12,7 +12,6 @@ from shardforge.families.forms import Form
 from shardforge.families.source import Source
 
 DTypes = Literal["source", "fp32", "bf16", "fp16"]
-SHARD_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -23,8 +22,9 @@ class Options:
     layout: Mapping[str, int] | None = None  # like {"tp": 2, "pp": 4}: for formats that have a place for it
     dtype: DTypes = "source"  # of the weights; moments keep theirs
     moments: Literal["carry", "drop"] = "carry"  # carry: what the optimizer kept, where both sides have a place for it
-    shard_bytes: int = SHARD_BYTES  # a file of several tensors is closed when it has reached this many
+    shard_bytes: int | None = None  # a file of several tensors is closed when it has reached this many
     tokenizer: Path | None = None  # folder whose tokenizer files go along; the source's own unless given
+    config: Path | None = None  # as for `families.open.open_source`: what says which model the source is
     target: Path = Path()  # where the result will lie, for files that name it
 
 

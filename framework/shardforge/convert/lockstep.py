@@ -183,11 +183,8 @@ class Lockstep:
         if was != now and not self.cast:
             self.unequal.append(f"{name} is {was} in the source and {now} here, and no cast was asked for")
             return
-        if found := unequal(mine, theirs, TYPES[was][0]):
-            count, at, want, got = found
-            place = f"{name}[{', '.join(map(str, at))}]"
-            more = f", the first of {count:,} numbers that differ" if count > 1 else ""
-            self.unequal.append(f"{place} is {want:.6g} in the source and {got:.6g} here{more}")
+        if told := difference(name, mine, theirs, TYPES[was][0]):
+            self.unequal.append(told)
 
 
 @dataclass(frozen=True)
@@ -208,6 +205,17 @@ class Pair:
 
 def _block(layer: int, side: Streamed, x: Tensor) -> Tensor:
     return side.block(layer, x)
+
+
+def difference(name: str, mine: Tensor, theirs: Tensor, was: torch.dtype) -> str:
+    """`unequal` in words; "" for equal ones."""
+    if mine.shape != theirs.shape:
+        return f"{name} is {list(mine.shape)} in the source and {list(theirs.shape)} here"
+    if not (found := unequal(mine, theirs, was)):
+        return ""
+    count, at, want, got = found
+    more = f", the first of {count:,} numbers that differ" if count > 1 else ""
+    return f"{name}[{', '.join(map(str, at))}] is {want:.6g} in the source and {got:.6g} here{more}"
 
 
 def unequal(mine: Tensor, theirs: Tensor, was: torch.dtype) -> tuple[int, tuple[int, ...], float, float] | None:

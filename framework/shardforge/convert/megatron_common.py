@@ -29,6 +29,8 @@ SIZES = {
     "etp": "expert_tensor_parallel_size",
 }
 TYPED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DATA = {"dp_shard", "dp_replicate"}
+"""Axes that no argument says: the ranks that are left share the data."""
 STYLES = {"cosine": "cosine", "linear": "linear", "constant": "constant"}
 RATES = ("lr", "max_lr", "min_lr", "betas", "eps", "weight_decay")
 SHARDING = "fully_reshardable"
@@ -37,9 +39,9 @@ SHARDING = "fully_reshardable"
 def sizes(options: Options) -> dict[str, int]:
     """The sizes of a layout as arguments. CheckpointError for an axis that Megatron does not have."""
     layout = dict(options.layout or {})
-    if odd := sorted(layout.keys() - SIZES.keys() - {"dp"}):
+    if odd := sorted(layout.keys() - SIZES.keys() - DATA):
         what = f"{', '.join(odd)} is no axis of a Megatron training"
-        raise CheckpointError(what, "--layout", f"use {', '.join(SIZES)} and dp")
+        raise CheckpointError(what, "--layout", f"use {', '.join(SIZES)}, dp and rep")
     return {name: int(layout.get(axis, 1)) for axis, name in SIZES.items() if axis != "etp" or axis in layout}
 
 

@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import json
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +23,19 @@ from shardforge.families.source import Source
 from shardforge.recipe.provenance import plain
 
 FORMAT = 1
+ALSO = {
+    "hf": "huggingface",
+    "safetensors": "huggingface",
+    "transformers": "huggingface",
+    "ds": "deepspeed",
+    "universal": "deepspeed",
+    "zero": "deepspeed",
+    "mcore": "megatron",
+    "torch_dist": "megatron",
+    "ours": "shardforge",
+    "sf": "shardforge",
+}
+"""What people call a format -> its name, for the message that tells it."""
 Opener = Callable[[Path], Source]
 
 
@@ -77,14 +90,21 @@ def design(source: Source, options: Options) -> Writer:
     """The files of a conversion. CheckpointError for a format that nobody knows, or one that cannot say the model."""
     known = formats()
     if options.to not in known:
-        raise CheckpointError(f"no format is called {options.to!r}", "--to", suggest(options.to, known))
+        fix = suggest(ALSO.get(options.to.lower(), options.to), known)
+        raise CheckpointError(f"no format is called {options.to!r}", "--to", fix)
     return known[options.to].design(source, options)
 
 
-def identity(source: Source, options: Options, writer: Writer) -> dict[str, Any]:
-    """What the bytes of the result depend on, as JSON."""
+def identity(source: Source, options: Options, writer: Writer, there: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+    """What the bytes of the result depend on, as JSON. `there` are the source's files, as `certificate.files` has them:
+    a fingerprint is of few numbers, and a file that was written anew may have others."""
     told = {key: str(value) if isinstance(value, Path) else value for key, value in plain(options).items()}
     del told["target"]  # a result may be moved
     files = hashlib.sha256(repr(list(writer.files)).encode()).hexdigest()[:16]
-    found = {"format": FORMAT, "version": shardforge.__version__, "source": fingerprint(source), "files": files}
+    of = {
+        "numbers": fingerprint(source),
+        "path": str(source.path.resolve()),
+        "files": {name: f"{size} bytes, changed at {changed} ns" for name, (size, changed) in there.items()},
+    }
+    found = {"format": FORMAT, "version": shardforge.__version__, "source": of, "files": files}
     return json.loads(json.dumps({**found, "options": told}))

@@ -1,13 +1,13 @@
 """The proof that a conversion computes what its source computes.
 
-Both sides go through our own forward pass, every weight of the target is compared with the source's, and where one of
+Both sides go through our own forward pass, all that the target has is compared with the source's, and where one of
 the two is a Hugging Face folder that fits into memory `transformers` computes it as well: an implementation that knows
 nothing of our names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from shardforge.checkpoint.tensorfile import TYPES
 from shardforge.convert.distance import EXACT, TOLERANCES, Layer, Tolerance
 from shardforge.convert.independent import Theirs, computed, obstacle
 from shardforge.convert.lockstep import LOGITS, Lockstep, Seen, Side, Track
+from shardforge.convert.moments import compared
 from shardforge.core.errors import CheckpointError, ForgeError, Problems
 from shardforge.families.open import open_source
 from shardforge.families.section import apart
@@ -52,6 +53,7 @@ class Proof:
     tokens: tuple[int, ...] = ()  # the ids of the one sequence that was computed
     weights: int = 0  # that were compared with the source's, bit for bit after the cast that was asked for
     comparisons: tuple[Comparison, ...] = ()
+    moments: int = 0  # tensors of the optimizer that were compared
 
     @property
     def passed(self) -> bool:
@@ -69,15 +71,17 @@ def prove(
     how: How,
     cast: bool,
     bisect: bool,
+    kinds: Collection[str] = (),
     opener: Callable[[Path], Source] = open_source,
     seen: Seen | None = None,
 ) -> Proof:
     """Compute both and compare them after every layer and at the end; of the model one block is in memory at a time.
 
     `source` and `target` are what `families.open.open_source` opens, or `opener` of the source. `cast`: weights may
-    have another number type than in the source. `bisect`: the comparisons list every layer. `seen` is told how far it
-    is. Problems when the target is not what the source is: fields of the model, weights, and the first layer that
-    leaves tolerance. CheckpointError when `how` asks for what cannot be done.
+    have another number type than in the source. `bisect`: the comparisons list every layer. `kinds`: what the optimizer
+    kept and the target must have. `seen` is told how far it is. Problems when the target is not what the source is:
+    fields of the model, weights, moments, and the first layer that leaves tolerance. CheckpointError when `how` asks
+    for what cannot be done.
     """
     if how == "none":
         return Proof("none", "--proof none was asked for")
@@ -98,10 +102,12 @@ def prove(
             )
         steps.beside(theirs, side, Track(f"our forward of the {side} against {theirs.name}", TOLERANCES["float32"]))
     steps.run(seen)
-    if problems := [*fields, *_wrong(steps, bisect)]:
+    moments, unlike_moments = compared(a, b, kinds)
+    if problems := [*fields, *_wrong(steps, bisect), *_few(unlike_moments, "the optimizer")]:
         raise Problems(problems, f"the proof of {target}")
     found = tuple(_comparison(track, bisect) for track in (steps.own, steps.other) if track is not None)
-    return Proof("own" if theirs is None else "transformers", why, tuple(tokens[0].tolist()), steps.weights, found)
+    method: Literal["own", "transformers"] = "own" if theirs is None else "transformers"
+    return Proof(method, why, tuple(tokens[0].tolist()), steps.weights, found, moments)
 
 
 def lines(proof: Mapping[str, Any], layers: bool = True) -> Iterator[str]:
@@ -110,12 +116,21 @@ def lines(proof: Mapping[str, Any], layers: bool = True) -> Iterator[str]:
         yield f"not proved: {proof['why']}"
         return
     yield f"proved with {proof['method']}: {proof['why']}"
-    yield f"  {proof['weights']} weights equal the source's; {len(proof['tokens'])} tokens computed"
+    moments = f", {proof['moments']} tensors of the optimizer too" if proof.get("moments") else ""
+    yield f"  {proof['weights']} weights equal the source's{moments}; {len(proof['tokens'])} tokens computed"
     for each in proof["comparisons"]:
         limit = f"at most {each['error']:.2g} in a layer, {each['tolerance']:g} allowed"
         exact = "bit for bit" if not each["tolerance"] else f"relative error {limit}"
         yield f"  {each['what']}: logits max-abs {each['max_abs']:.3g}, cosine {each['cosine']:.6f}; {exact}"
         yield from (f"    {line}" for line in _table(each["layers"]) if layers)
+
+
+def lacks(proof: Mapping[str, Any], how: How, bisect: bool) -> bool:
+    """Whether what was proved, as `Proof.plain` gives it, is less than what is asked for."""
+    if how == "none":
+        return False
+    less = how == "transformers" and proof["method"] != how
+    return not proof["passed"] or less or (bisect and not any(each["layers"] for each in proof["comparisons"]))
 
 
 def foresee(source: Source, how: How) -> None:
@@ -219,11 +234,11 @@ def _wrong(steps: Lockstep, bisect: bool) -> Iterator[ForgeError]:
         )
 
 
-def _few(lines: list[str]) -> Iterator[ForgeError]:
+def _few(lines: list[str], where: str = "the weights") -> Iterator[ForgeError]:
     for line in lines[:SHOWN]:
-        yield CheckpointError(line, "the weights")
+        yield CheckpointError(line, where)
     if len(lines) > SHOWN:
-        yield CheckpointError(f"and {len(lines) - SHOWN} more", "the weights")
+        yield CheckpointError(f"and {len(lines) - SHOWN} more", where)
 
 
 def _comparison(track: Track, bisect: bool) -> Comparison:

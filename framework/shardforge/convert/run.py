@@ -19,20 +19,27 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from shardforge.checkpoint import building, index, tensorfile
 from shardforge.checkpoint.journal import Journal
+from shardforge.checkpoint.tensorfile import TYPES
 from shardforge.convert import certificate
 from shardforge.convert import proof as proofs
 from shardforge.convert.format import Options
 from shardforge.convert.lockstep import Seen
 from shardforge.convert.plan import Opener, Plan, begin, design, identity, write
 from shardforge.core.errors import CheckpointError
+from shardforge.core.log import logger
+from shardforge.core.units import bytes_
 from shardforge.core.workers import Workers, cores
+from shardforge.families import memory
 from shardforge.families.open import open_source
 from shardforge.families.source import Source
+
+log = logger("convert")
 
 FILES = "files"
 PROCESS_BYTES = 1 << 28
@@ -46,6 +53,7 @@ class Converted:
     path: Path
     certificate: dict[str, Any]
     fresh: bool  # False: it was there already
+    proved: bool = False  # what was there
     writing_s: float = 0.0
 
 
@@ -59,49 +67,92 @@ def convert(
     processes: int | None = None,
     progress: Progress | None = None,
     proving: Seen | None = None,
-    opener: Opener = open_source,
+    opener: Opener | None = None,
 ) -> Converted:
-    """Make `target` of the checkpoint in `path`, or find it made. `processes` defaults to all cores; `proof` and
-    `bisect` are as for `convert.proof.prove`, which tells `proving` how far it is.
+    """Make `target` of the checkpoint in `path`, or find it made; then a proof that it lacks is made. `processes`
+    defaults to all cores; `proof` and `bisect` are as for `convert.proof.prove`, which tells `proving` how far it is.
+    `opener` is `families.open.open_source` unless given.
 
     Problems or CheckpointError for what the format cannot say, for what is in the way, and for a proof that fails:
     then there is no target. The source is only read.
     """
-    building.apart(path, target)
-    options = replace(options, target=target.absolute())
+    target = _place(path, target)
+    options = replace(options, target=target.absolute(), config=options.config and options.config.resolve())
+    opener = opener or partial(open_source, config=options.config)
     source = opener(path)
     before = certificate.files(source.path)
     writer = design(source, options)
-    same = identity(source, options, writer)
+    same = identity(source, options, writer, before)
     work = target.with_name(f".{target.name}.partial")
-    if _there(target):
-        found = _same(target, same)
-        shutil.rmtree(work, ignore_errors=True)  # of a process killed after its last rename
-        return Converted(target, found, fresh=False)
-    proofs.foresee(source, proof)
+    goal = _Goal(target, source, before, same, proof, bisect, partial(proofs.prove, opener=opener, seen=proving))
     with building.told(target):
+        if _there(target):
+            return _found(goal, work)
+        proofs.foresee(source, proof)
         target.parent.mkdir(parents=True, exist_ok=True)
         with building.claimed(work, target, same, "conversion"):
+            if _there(target):  # another call was quicker
+                return _found(goal, work)
             made = Plan(path, opener, writer, Journal(work, work / FILES))
             begun = time.perf_counter()
-            records = _write(made, processes or cores(), progress)
+            records = _write(made, _processes(made, source, processes or cores()), progress)
             writing = time.perf_counter() - begun
             writer.finish(made.journal.files, _said(records))
-            found = {"identity": same, **certificate.collect(source, writer, records, made.journal.files, options.to)}
-            cast = any(each["cast"] for each in found["tensors"])
-            opened = writer.opened(made.journal.files)
-            proved = proofs.prove(source.path, opened, how=proof, cast=cast, bisect=bisect, opener=opener, seen=proving)
-            found["proof"] = proved.plain()
-            _unchanged(source, before)
+            found = {"identity": same, **certificate.collect(source, writer, records, made.journal.files, options)}
+            found["proof"] = goal.prove(made.journal.files, found)
             certificate.save(made.journal.files, found)
             _commit(made.journal.files, target)
             shutil.rmtree(work)
     return Converted(target, found, fresh=True, writing_s=writing)
 
 
+@dataclass(frozen=True)
+class _Goal:
+    target: Path
+    source: Source
+    before: Mapping[str, tuple[int, int]]  # files of the source
+    same: Mapping[str, Any]
+    how: proofs.How
+    bisect: bool
+    proof: Callable[..., proofs.Proof]
+
+    def prove(self, folder: Path, found: Mapping[str, Any]) -> dict[str, Any]:
+        """The proof of a result that lies in `folder`, `found` its certificate."""
+        asked = {"cast": certificate.cast(found), "kinds": certificate.kinds(found)}
+        opened = folder / found["target"]["opens"]
+        made = self.proof(self.source.path, opened, how=self.how, bisect=self.bisect, **asked)
+        _unchanged(self.source, self.before)
+        return made.plain()
+
+
+def _place(path: Path, target: Path) -> Path:
+    """Where the result is put by a rename in the end; CheckpointError for a place that no folder can be renamed to."""
+    building.apart(path, target)
+    if target.is_symlink():
+        target = target.resolve()
+    if target.resolve() == Path.cwd():
+        what = "this is the folder that the command runs in, and the result takes the place of its target"
+    elif target.is_mount():
+        what = "this is where a disk is mounted, and the result is one folder that appears at once"
+    else:
+        return target
+    raise CheckpointError(what, target, f"name a folder in it: {target / 'converted'}")
+
+
 def _there(target: Path) -> bool:
     """Whether something stands in the place of the result; an empty folder does not count."""
     return target.exists() and any(target.iterdir())
+
+
+def _found(goal: _Goal, work: Path) -> Converted:
+    """What is made already, proved now where it was not."""
+    target, found = goal.target, _same(goal.target, goal.same)
+    anew = proofs.lacks(found["proof"], goal.how, goal.bisect)
+    if anew:
+        found["proof"] = goal.prove(target, found)
+        certificate.save(target, found)
+    shutil.rmtree(work, ignore_errors=True)  # of a process killed after its last rename
+    return Converted(target, found, fresh=False, proved=anew)
 
 
 def _same(target: Path, now: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,12 +162,26 @@ def _same(target: Path, now: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"this folder holds something else: {names}", target, "choose an empty or a new folder")
     found = certificate.read(target)
     if found["identity"] != now:
-        raise CheckpointError(
-            f"another conversion is here:\n{index.shorten(building.differences(found['identity'], now))}",
-            target,
-            "choose another folder, or delete this one to make it anew",
-        )
+        lines = building.differences(found["identity"], now)
+        others = [line for line in lines if not line.startswith("source.")]
+        why = "another conversion is here" if others else "this was made of another source, or before this one changed"
+        fix = "choose another folder, or delete this one to make it anew"
+        raise CheckpointError(f"{why}:\n{index.shorten(lines)}", target, fix)
+    if lines := certificate.changed(target, found):
+        what = f"this was made here, and is not whole any more:\n{index.shorten(lines)}"
+        raise CheckpointError(what, target, "choose another folder, or delete this one to make it anew")
     return found
+
+
+def _processes(made: Plan, source: Source, wanted: int) -> int:
+    """As many as memory holds, each with two of the largest tensors; of what is fused in a file that is all of it."""
+    sizes = {name: prod(info.shape) * TYPES[info.dtype][0].itemsize for name, info in source.names.items()}
+    items = (item for file in made.writer.files for item in file.items)
+    largest = max((max(item.bytes, sum(sizes[name] for name in item.ours)) for item in items), default=1)
+    free = memory.free()
+    if (most := max(1, free // (2 * max(1, largest)))) < wanted:
+        log.info("%s processes: memory has %s left, each needs %s", most, bytes_(free), bytes_(2 * largest))
+    return min(wanted, most)
 
 
 def _write(made: Plan, processes: int, progress: Progress | None) -> list[dict[str, Any]]:

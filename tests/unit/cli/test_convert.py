@@ -41,6 +41,7 @@ def test_flags_become_the_options_of_the_certificate(source, tmp_path):
         "moments": "drop",
         "shard_bytes": 5000,
         "tokenizer": None,
+        "config": None,
         "target": "",
     }
 
@@ -60,6 +61,10 @@ def test_a_check_finds_a_changed_file(source, tmp_path, capsys):
         ["SRC", "DST"],
         ["SRC", "--to", "shardforge"],
         ["SRC", "--check", "DIR"],
+        ["--check", "DIR", "--layout", "tp2"],
+        ["--check", "DIR", "--dtype", "source"],
+        ["--check", "DIR", "--processes", "2"],
+        ["--check", "DIR", "--config", "config.json"],
         ["A", "B", "--to", "C", "--processes", "0"],
     ],
     ids=" ".join,
@@ -67,6 +72,21 @@ def test_a_check_finds_a_changed_file(source, tmp_path, capsys):
 def test_what_is_not_said_is_asked_for(words, capsys):
     assert convert(*words) == 2
     assert "fix:" in capsys.readouterr().err
+
+
+def test_a_check_proves_every_layer_with_bisect(source, tmp_path, capsys):
+    convert(source, tmp_path / "hf", "--to", "huggingface", "--proof", "none")
+    capsys.readouterr()
+    assert convert("--check", tmp_path / "hf", "--proof", "own", "--bisect") == 0
+    said = capsys.readouterr().out
+    assert "proved with own" in said and "blocks.1 " in said
+
+
+def test_a_result_without_a_proof_is_proved_by_the_same_command_with_one(source, tmp_path, capsys):
+    convert(source, tmp_path / "hf", "--to", "huggingface", "--proof", "none")
+    assert convert(source, tmp_path / "hf", "--to", "huggingface", "--proof", "own") == 0
+    said = capsys.readouterr().out
+    assert "already made, proved now" in said and "proved with own" in said
 
 
 @pytest.mark.parametrize("text, expected", [("4GiB", 4 << 30), ("1.5mb", 1_500_000), ("100", 100), ("2 KiB", 2048)])

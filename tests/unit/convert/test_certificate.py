@@ -84,12 +84,13 @@ def test_a_form_is_told_in_the_order_in_which_it_works(form, theirs, ours):
 
 def test_a_weight_that_was_two_different_ones_is_an_error(run, made):
     source = open_source(run)
-    writer = design(source, Options(to="huggingface", dtype="bf16", shard_bytes=8000))
+    options = Options(to="huggingface", dtype="bf16", shard_bytes=8000)
+    writer = design(source, options)
     names = {item.key: "" for file in writer.files for item in file.items}
     record = {"tensors": names, "odd": {}, "files": []}
     records = [{**record, "weights": {"model.a": str(number)}} for number in range(len(writer.files))]
     with pytest.raises(CheckpointError, match="changed while it was read"):
-        certificate.collect(source, writer, records, made.path, "huggingface")
+        certificate.collect(source, writer, records, made.path, options)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}"])

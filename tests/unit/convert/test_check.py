@@ -13,6 +13,8 @@ from shardforge.convert.format import Options
 from shardforge.convert.run import convert
 from shardforge.core.errors import CheckpointError, Problems
 from tests.unit.convert.test_proof import ours
+from tests.unit.families.deepspeed_folders import numbers, zero12
+from tests.unit.families.test_deepspeed import SHAPES, described
 from tests.unit.upcycle import dense
 
 
@@ -124,6 +126,28 @@ def test_a_certificate_that_says_nothing_is_told(folder):
 
 def test_it_is_proved_again_on_request(folder):
     assert "--proof own was asked for" in str(check(folder, proof="own"))
+
+
+def test_every_layer_is_told_on_request(folder):
+    assert "blocks.1 " in str(check(folder, proof="own", bisect=True)) and "blocks.1 " not in str(check(folder))
+
+
+def test_a_source_that_needs_a_config_is_proved_again_with_that_of_its_conversion(tmp_path):
+    """A folder of DeepSpeed whose names are Hugging Face's says nothing of its model."""
+    source = zero12(tmp_path / "theirs" / "global_step5", [numbers(SHAPES)], 2)
+    config = described(tmp_path) / "config.json"
+    convert(source, tmp_path / "hf", Options("huggingface", config=config), proof="own", processes=1)
+    assert certificate.read(tmp_path / "hf")["source"]["config"] == str(config.resolve())
+    assert check(tmp_path / "hf", proof="own").proof["passed"]
+    config.rename(tmp_path / "other.json")
+    assert "config.json" in told(tmp_path / "hf", proof="own")
+    assert check(tmp_path / "hf", proof="own", config=tmp_path / "other.json").proof["passed"]
+
+
+def test_moments_are_proved_again_too(tmp_path):
+    source = dense.save(tmp_path / "source", trained=True)
+    convert(source, tmp_path / "target", Options("shardforge"), proof="own", processes=1)
+    assert check(tmp_path / "target", proof="own").proof["moments"] == 21 * 3
 
 
 def test_a_proof_that_fails_today_is_told(made, folder, tmp_path):

@@ -41,6 +41,19 @@ def test_a_file_is_closed_when_it_has_reached_its_size(limit, sizes):
     assert [len(batch) for batch in design.sharded(items, limit)] == sizes
 
 
+@pytest.mark.parametrize(
+    "total, size", [(0, 256 << 20), (1 << 30, 256 << 20), ((16 << 30) + 1, (1 << 30) + (1 << 20)), (1 << 40, 4 << 30)]
+)
+def test_a_file_is_a_16th_of_all_in_whole_mib_unless_somebody_chose(total, size):
+    assert design.shard_bytes(total) == size
+
+
+def test_the_size_of_all_decides_that_of_files(monkeypatch):
+    monkeypatch.setattr(design, "SHARD_BYTES", (8, 1 << 30))
+    items = [Item(str(n), "float32", (1 << 18,), ("a",), 0, SAME) for n in range(64)]
+    assert [len(batch) for batch in design.sharded(items, None)] == [4] * 16
+
+
 def test_no_items_are_no_files():
     assert design.sharded([], 10) == []
 

@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 from shardforge.checkpoint.state import table
+from shardforge.cli.convert import layout
 from shardforge.convert.design import updated
 from shardforge.convert.format import Options
 from shardforge.convert.formats import megatron
@@ -184,8 +185,16 @@ def test_words_are_padded_to_the_ranks_of_tp(tmp_path):
 
 
 def test_an_axis_that_megatron_does_not_have_is_refused():
-    with pytest.raises(CheckpointError, match="dp_shard is no axis"):
-        megatron.design(Memory(MODELS["dense"]), Options(to="megatron", layout={"dp_shard": 2}))
+    with pytest.raises(CheckpointError, match="xp is no axis"):
+        megatron.design(Memory(MODELS["dense"]), Options(to="megatron", layout={"xp": 2}))
+
+
+@pytest.mark.parametrize("text", ["dp2-tp2", "rep2-dp2-tp2"])
+def test_axes_that_share_the_data_are_no_arguments(text):
+    writer = megatron.design(Memory(MODELS["dense"]), Options(to="megatron", layout=layout(text)))
+    told = vars(writer.common["args"])
+    sizes = {name: size for name, size in told.items() if name.endswith("parallel_size") and size != 1}
+    assert sizes == {"tensor_model_parallel_size": 2}
 
 
 def test_experts_on_several_ranks_have_an_optimizer_of_their_own(tmp_path):

@@ -44,6 +44,17 @@ def test_a_run_goes_on_with_the_losses_of_the_one_that_stayed(trained, tmp_path)
     assert moved == {step: stayed[step] for step in moved}
 
 
+def test_a_run_that_was_moved_afterwards_goes_on_where_it_lies_and_nowhere_else(trained, tmp_path):
+    made = converted(half(trained), tmp_path / "made", "shardforge")
+    moved = made.path.rename(tmp_path / "elsewhere")
+    ended = runs.run(tmp_path, "train", str(moved / "recipe.yaml"))
+    assert ended.code == 2 and f"--set run_dir={moved}" in ended.err and not made.path.exists()
+    ended = runs.run(tmp_path, "train", str(moved), "--set", f"run_dir={moved}")
+    assert ended.code == 0, ended.err
+    stayed, losses = runs.losses(trained), runs.losses(moved)
+    assert losses == {step: stayed[step] for step in range(7, 13)}
+
+
 def test_its_optimizer_state_is_the_same_to_the_bit(trained, tmp_path):
     made = converted(half(trained), tmp_path / "moved", "shardforge")
     one, other = open_source(half(trained)), open_source(made.path)
