@@ -69,6 +69,7 @@ def open_run(loaded: Loaded, world: World) -> Run:
     """Collective. A mistake is one ForgeError on all ranks, and then no file of an earlier run has changed."""
     recipe, run_dir = loaded.recipe, directory(loaded.recipe)
     held: list[IO[str]] = []
+    world.lead(lambda: check_place(loaded))
     world.lead(lambda: held.append(own(run_dir)))
     world.lead(lambda: check_same_run(run_dir, recipe))
     watching: list[Observer] = []
@@ -112,6 +113,21 @@ def own(run_dir: RunDir) -> IO[str]:
 
 def watchers(recipe: Recipe, run_dir: RunDir) -> list[Observer]:
     return [MetricsFile(run_dir.metrics), display(), *(each.build() for each in recipe.observe)]
+
+
+def check_place(loaded: Loaded) -> None:
+    """RecipeError for the recipe of a run that lies beside its checkpoints and names another place for them: the folder
+    was moved or copied, and training would begin anew there. --set run_dir=... says that this is meant."""
+    if loaded.path is None or str(loaded.origins.get("run_dir", "")).startswith("--set "):
+        return
+    here, there = RunDir(loaded.path.parent), directory(loaded.recipe)
+    steps = folders.committed(here.checkpoints) if loaded.path.name == here.recipe.name else []
+    if not steps or "data" not in _extra(here, steps[-1]):
+        return
+    if here.path.resolve() != there.path.resolve() and not (there.path.exists() and there.path.samefile(here.path)):
+        what = f"the run with step {steps[-1]} lies here, and its recipe names {there.path.absolute()}"
+        fix = f"--set run_dir={here.path} goes on with it here, --set run_dir={there.path} trains there"
+        raise RecipeError(what, loaded.path, fix)
 
 
 def open_data(recipe: Recipe, world: World) -> Loader:

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from shardforge.core.errors import DataError, Problems
+from shardforge.checkpoint.store import Store
+from shardforge.core.errors import DataError, Problems, RecipeError
 from shardforge.core.rundir import RunDir
+from shardforge.recipe.load import load
 from shardforge.recipe.provenance import dump
 from shardforge.train import run
 from shardforge.train.lock import Occupied
@@ -106,6 +108,47 @@ def test_all_changes_that_matter_are_told_at_once(started):
 )
 def test_a_field_is_kept_with_all_below_it(field, stays):
     assert run.kept(field) is stays
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """trained("old", run_dir="there"): a folder with a run of one checkpoint; its recipe names another."""
+
+    def make(name: str, run_dir: str | None = None, extra: dict[str, Any] | None = None) -> RunDir:
+        made, recipe = RunDir(tmp_path / name), dataclasses.replace(tiny(), run_dir=run_dir)
+        made.path.mkdir()
+        made.recipe.write_text(dump(recipe))
+        store = Store(made.checkpoints, recipe.checkpoint, describe={})
+        store.save(4, {"model.a": torch.zeros(1)}, {"data": "x"} if extra is None else extra, wait=True)
+        store.close()
+        return made
+
+    return make
+
+
+@pytest.mark.parametrize("named", [None, "elsewhere", "/nowhere/at/all"])
+def test_a_run_that_was_moved_does_not_begin_anew_where_it_was(trained, named):
+    moved = trained("moved", named)
+    with pytest.raises(RecipeError, match=r"step 4 lies here(.|\n)*--set run_dir=.*moved goes on with it here"):
+        run.check_place(load(moved.recipe))
+    run.check_place(load(moved.recipe, [f"run_dir={moved.path}"]))
+    run.check_place(load(moved.recipe, ["run_dir=new"]))
+
+
+@pytest.mark.parametrize("named", ["moved", "link", "./new/../moved"])
+def test_a_run_that_lies_where_its_recipe_says_is_at_home(trained, named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "moved")
+    run.check_place(load(trained("moved", named).recipe))
+
+
+def test_weights_to_start_from_are_no_run_that_was_moved(trained):
+    run.check_place(load(trained("weights", extra={}).recipe))
+
+
+def test_a_recipe_without_checkpoints_beside_it_may_name_any_place(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(dump(dataclasses.replace(tiny(), run_dir="anywhere")))
+    run.check_place(load(tmp_path / "recipe.yaml"))
 
 
 def test_a_changed_corpus_is_refused_before_anything_is_loaded():
