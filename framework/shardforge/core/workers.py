@@ -1,4 +1,7 @@
-"""A pool of fresh processes for independent jobs. It ends with its parent; a lost worker is an error, not a hang."""
+"""A pool of fresh processes for independent jobs, of which this one is the first: the others take seconds to start.
+
+They end with their parent; a lost one is an error, not a hang.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from types import TracebackType
@@ -18,7 +21,7 @@ from shardforge.core.errors import DataError
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 AHEAD = 4
-"""Jobs handed out per worker at a time; bounds what waits in memory."""
+"""Jobs handed out per other process at a time; bounds what waits in memory."""
 
 
 def cores() -> int:
@@ -27,7 +30,7 @@ def cores() -> int:
 
 
 class Workers:
-    """`count` processes, or this one alone when count is 1. `command` and its `option` for their number are for the
+    """`count` processes, this one among them. `command` and its `option` for their number are for the
     message about one that was killed. `prepare` is called once in each process before its first job."""
 
     def __init__(
@@ -51,27 +54,52 @@ class Workers:
 
     def run(self, function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[Result]:
         """Results as they come, in any order. `function` must be importable by name."""
-        if self.count == 1 or len(jobs) < 2:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a core for each process
+        others = min(self.count, len(jobs)) - 1
+        if others > 0 and self._pool is None:
+            fresh = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.count - 1, fresh, _begin, (self.prepare,))
+        left, running = iter(jobs), dict[Future[Result], Job]()
+        try:
+            self._hand_out(function, islice(left, AHEAD * others), running)
             if self.prepare:
                 self.prepare()
-            yield from map(function, jobs)
-            return
-        if self._pool is None:
-            self._pool = ProcessPoolExecutor(self.count, multiprocessing.get_context("spawn"), _begin, (self.prepare,))
-        left = iter(jobs)
-        try:
-            running = {self._pool.submit(function, job) for job in islice(left, AHEAD * self.count)}
-            while running:
-                done: Future[Result] = next(as_completed(running))
-                running.remove(done)
-                running |= {self._pool.submit(function, job) for job in islice(left, 1)}
-                yield done.result()
+            while True:
+                done = [each for each in running if each.done()]
+                for each in done:
+                    del running[each]
+                    self._hand_out(function, islice(left, 1), running)
+                    yield each.result()
+                own = next(left, None)
+                if own is None:
+                    own = _taken_back(running)
+                if own is not None:
+                    yield function(own)
+                elif running:
+                    wait(running, return_when=FIRST_COMPLETED)
+                else:
+                    return
         except BrokenProcessPool as cause:
             raise DataError(
                 f"one of {self.count} workers was killed, most likely for lack of memory",
                 self.command,
                 f"run it again with {self.option} {max(1, self.count // 2)}; what is finished is kept",
             ) from cause
+
+    def _hand_out(
+        self, function: Callable[[Job], Result], jobs: Iterable[Job], running: dict[Future[Result], Job]
+    ) -> None:
+        for job in jobs:
+            assert self._pool is not None
+            running[self._pool.submit(function, job)] = job
+
+
+def _taken_back(running: dict[Future[Result], Job]) -> Job | None:
+    """A job that nobody has begun with, the one that would come last."""
+    for each in reversed(running):
+        if each.cancel():
+            return running.pop(each)
+    return None
 
 
 def _begin(prepare: Callable[[], object] | None) -> None:

@@ -15,10 +15,12 @@ import os, signal
 from shardforge.core.workers import Workers
 if __name__ == "__main__":
     with Workers(2) as pool:
-        for number in pool.run(eval, ["__import__('os').getpid()"] * 2 + ["__import__('time').sleep(600)"] * 2):
+        child = "__import__('multiprocessing').parent_process()"
+        for number in pool.run(eval, [f"__import__('time').sleep(600) if {child} else 7"] * 4):
             print(number, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
 """
+ENDS = "__import__('multiprocessing').parent_process() and __import__('os')._exit(9)"
 
 
 def test_one_worker_is_this_process():
@@ -46,7 +48,7 @@ def test_a_workers_error_comes_back_as_it_is():
 
 def test_a_killed_worker_is_an_error_with_a_next_step():
     with Workers(4) as pool, pytest.raises(DataError) as error:
-        list(pool.run(eval, ["__import__('os')._exit(9)"] * 2))
+        list(pool.run(eval, [ENDS] * 20))
     assert "--workers 2" in error.value.fix
 
 
