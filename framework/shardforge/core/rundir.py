@@ -56,6 +56,36 @@ class RunDir:
         return self.path / "failure.json"
 
     @property
+    def verdict(self) -> Path:
+        """One page on the last failure: who waited for whom, on which node, with the stacks of all ranks."""
+        return self.path / "verdict.txt"
+
+    @property
+    def launch(self) -> Path:
+        """What a cluster run has beside: script, submissions, attempts, preflight reports, output of the job."""
+        return self.path / "launch"
+
+    @property
+    def script(self) -> Path:
+        """The batch script that was submitted last."""
+        return self.launch / "job.sbatch"
+
+    @property
+    def jobs(self) -> Path:
+        """JSON lines, one a submission: job id, cluster, nodes, walltime, time."""
+        return self.launch / "jobs.jsonl"
+
+    @property
+    def attempts(self) -> Path:
+        """JSON lines, two an attempt to run it: how it began, and how it ended."""
+        return self.launch / "attempts.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        """What the job and its ranks printed."""
+        return self.launch / "logs"
+
+    @property
     def report(self) -> Path:
         return self.path / "report.html"
 
