@@ -26,7 +26,7 @@ LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in 
 # What an extra brings, or only some machines have: never imported just because a file of ours is.
 OPTIONAL = frozenset(
     {
-        *("datasets", "deep_ep", "deepspeed", "flash_attn", "megatron", "pyarrow", "tensorboard"),
+        *("datasets", "deep_ep", "deepspeed", "flash_attn", "gguf", "megatron", "pyarrow", "tensorboard"),
         *("transformer_engine", "transformers", "triton", "wandb", "zstandard"),
     }
 )

@@ -31,6 +31,7 @@ from shardforge.families.section import whole
 from shardforge.families.settings import Settings
 from shardforge.families.source import Beside, belonging, linked_away
 
+SCHEDULER = "opt_param_scheduler"
 NOTE = "shardforge.json"
 """Beside the tensors: what ShardForge knows of the run, and the save of which it knows it."""
 WORDS = "embedding.word_embeddings.weight"
@@ -149,7 +150,8 @@ def _unread(path: Path, files: DistFolder | LegacyFolder, settings: Settings, fo
     if (path / NOTE).is_file() and foreign:
         lines.append(f"{NOTE}: it belongs to an earlier save in this folder")
     if foreign and isinstance(files, DistFolder):
-        lines += [f"{key}: no field of a recipe" for key in ("opt_param_scheduler",) if key in files.common]
+        if SCHEDULER in files.common:
+            lines.append(f"{SCHEDULER}: no field of a recipe, only another Megatron checkpoint gets it")
         lines += ["rng_state: random numbers of other devices"] if files.random else []
     if foreign and settings.get("attention_dropout"):
         lines.append(f"attention_dropout={settings.get('attention_dropout')}: there is none on scores")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import runpy
 from pathlib import Path
 
 import pytest
@@ -127,3 +128,13 @@ def test_what_would_steer_a_terminal_is_shown_as_text(tmp_path, capsys):
     main(["inspect", str(tmp_path / "x.gguf")])
     out = capsys.readouterr().out
     assert r"name: red \x1b[31m" in out and "\x1b" not in out
+
+
+def test_the_script_says_what_the_command_says(file, capsys, monkeypatch):
+    assert main(["inspect", str(file), "--numbers"]) == 0
+    said = capsys.readouterr().out
+    script = Path(__file__).parents[3] / "tools" / "inspect_checkpoint.py"
+    monkeypatch.setattr("sys.argv", [str(script), str(file), "--numbers"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code == 0 and capsys.readouterr().out == said
