@@ -131,10 +131,10 @@ def test_what_would_steer_a_terminal_is_shown_as_text(tmp_path, capsys):
 
 
 def test_the_script_says_what_the_command_says(file, capsys, monkeypatch):
-    assert main(["inspect", str(file), "--numbers"]) == 0
+    assert main(["inspect", str(file), "--numbers"]) == 1  # a number is not finite
     said = capsys.readouterr().out
     script = Path(__file__).parents[3] / "tools" / "inspect_checkpoint.py"
     monkeypatch.setattr("sys.argv", [str(script), str(file), "--numbers"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(script), run_name="__main__")
-    assert ended.value.code == 0 and capsys.readouterr().out == said
+    assert ended.value.code == 1 and capsys.readouterr().out == said
