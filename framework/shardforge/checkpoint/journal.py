@@ -52,7 +52,9 @@ class Journal:
         record = self.read(job)
         for file in record["files"] if record else ():
             path = self.files / file["file"]
-            if not path.is_file() or path.stat().st_size != file["bytes"] or tensorfile.sha256(path) != file["sha256"]:
+            if not path.is_file() or path.stat().st_size != file["bytes"]:
+                return None
+            if not tensorfile.as_written(path, file["sha256"]):
                 return None
         return record
 

@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,9 +16,12 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from shardforge.checkpoint.tensorheader import header
 from shardforge.checkpoint.tensormap import TensorMap
+from shardforge.core.errors import CheckpointError
 
 BLOCK_BYTES = 1 << 24
+READ_BYTES = 1 << 20
 BEHIND_BYTES = 1 << 26
 """Bytes of a file that may wait in the page cache. They go to the disk while the next ones are made, and their pages
 serve again: new pages cost more than the copy into them, and would drive out what others have cached."""
@@ -41,17 +43,20 @@ TYPES: dict[str, tuple[torch.dtype, str]] = {
 """Number types a checkpoint can hold: our name -> torch type, name in a safetensors header."""
 
 
+TREE = "tree:"
 STORED = {theirs: dtype for dtype, theirs in TYPES.values()}
 
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor to be written: `read` brings its numbers when their turn comes."""
+    """A tensor to be written: `read` brings its numbers when their turn comes. `digest` says, after that, what the
+    SHA-256 of their bytes is; without it the writer finds out."""
 
     key: str
     dtype: str  # a key of TYPES
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
+    digest: Callable[[], str] | None = None
 
     @property
     def bytes(self) -> int:
@@ -60,7 +65,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Written:
-    """A finished file."""
+    """A finished file. `sha256` is a tree: TREE and the SHA-256 of those, in hexadecimal and in their order, of the
+    header and of each tensor: bytes that are hashed as a tensor are not hashed again as a file."""
 
     file: str
     bytes: int
@@ -87,19 +93,36 @@ def write_tensors(path: Path, parts: Sequence[Part], metadata: Mapping[str, str]
         start = end
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest, waiting = hashlib.sha256(), 0
+    head = len(text).to_bytes(8, "little") + text
+    digests = [hashlib.sha256(head).hexdigest()]
     with path.open("xb") as file, ThreadPoolExecutor(1, "checkpoint-hash") as hasher:
-        for block in chain([len(text).to_bytes(8, "little") + text], _blocks(parts)):
-            hashed = hasher.submit(digest.update, block)
-            put(file, block)
-            waiting += len(block)
-            if waiting >= BEHIND_BYTES:
-                _drain(file)
-                waiting = 0
-            hashed.result()
-            del block, hashed  # they hold the tensor, and the next one is made now
+        put(file, head)
+        behind = 0
+        for part in parts:
+            behind, digest = _write(file, part, hasher, behind)
+            digests.append(digest)
         _settle(file)
-    return Written(path.name, 8 + len(text) + start, digest.hexdigest())
+    return Written(path.name, len(head) + start, _tree(digests))
+
+
+def _write(file: BinaryIO, part: Part, hasher: ThreadPoolExecutor, behind: int) -> tuple[int, str]:
+    """Bytes that wait in the page cache, of which `behind` did before, and the SHA-256 of the tensor."""
+    digest = hashlib.sha256()
+    for block in _blocks(part):
+        hashed = None if part.digest else hasher.submit(digest.update, block)
+        put(file, block)
+        behind += len(block)
+        if behind >= BEHIND_BYTES:
+            _drain(file)
+            behind = 0
+        if hashed:
+            hashed.result()
+        del block, hashed  # they hold the tensor, and the next one is made now
+    return behind, part.digest() if part.digest else digest.hexdigest()
+
+
+def _tree(digests: Sequence[str]) -> str:
+    return TREE + hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def put(file: BinaryIO, block: bytes | memoryview) -> None:
@@ -135,9 +158,35 @@ def raw(tensor: Tensor) -> memoryview:
     return memoryview(numbers)
 
 
-def sha256(path: Path) -> str:
+def sha256(path: Path, like: str = "") -> str:
+    """Of a file as a whole, or as a tree where `like` is one. CheckpointError for a tree of a file without a header."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        if not like.startswith(TREE):
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        slots = sorted(header(path).values(), key=lambda slot: slot.begin)
+        start = 8 + int.from_bytes(file.read(8), "little")
+        spans = [(0, start), *((start + slot.begin, start + slot.end) for slot in slots)]
+        return _tree([_span(file, begin, end) for begin, end in spans])
+
+
+def as_written(path: Path, told: str) -> bool:
+    """Whether a file, read to its last byte, is the one that `told` is the hash of."""
+    try:
+        return sha256(path, told) == told
+    except CheckpointError:
+        return False
+
+
+def _span(file: BinaryIO, begin: int, end: int) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(READ_BYTES, end - begin)))
+    file.seek(begin)
+    while begin < end:
+        count = file.readinto(buffer[: end - begin])  # type: ignore[attr-defined]
+        if not count:
+            break
+        digest.update(buffer[:count])
+        begin += count
+    return digest.hexdigest()
 
 
 def opened(path: Path) -> TensorMap:
@@ -145,16 +194,15 @@ def opened(path: Path) -> TensorMap:
     return TensorMap(path, STORED)
 
 
-def _blocks(parts: Sequence[Part]) -> Iterator[Any]:
-    for part in parts:
-        tensor = part.read().detach()
-        found = type_name(tensor.dtype), tuple(tensor.shape)
-        assert found == (part.dtype, part.shape), f"{part.key}: planned {part.dtype}{part.shape}, found {found}"
-        tensor = tensor.cpu().contiguous()
-        numbers = raw(tensor)
-        for start in range(0, len(numbers), BLOCK_BYTES):
-            yield numbers[start : start + BLOCK_BYTES]
-        del tensor, numbers  # before the next one is made
+def _blocks(part: Part) -> Iterator[memoryview]:
+    tensor = part.read().detach()
+    found = type_name(tensor.dtype), tuple(tensor.shape)
+    assert found == (part.dtype, part.shape), f"{part.key}: planned {part.dtype}{part.shape}, found {found}"
+    tensor = tensor.cpu().contiguous()
+    numbers = raw(tensor)
+    for start in range(0, len(numbers), BLOCK_BYTES):
+        yield numbers[start : start + BLOCK_BYTES]
+    del tensor, numbers  # before the next one is made
 
 
 def _drain(file: BinaryIO) -> None:

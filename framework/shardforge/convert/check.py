@@ -91,8 +91,9 @@ def _changed(folder: Path, name: str, file: Mapping[str, Any]) -> str:
         return "the file is gone"
     if (size := path.stat().st_size) != file["bytes"]:
         return f"the file has {size} bytes, {file['bytes']} were written"
-    digest = tensorfile.sha256(path)
-    return f"the file has the SHA-256 {digest}, {file['sha256']} was written" if digest != file["sha256"] else ""
+    if tensorfile.as_written(path, file["sha256"]):
+        return ""
+    return f"the file has not the SHA-256 of what was written, {file['sha256']}"
 
 
 def _added(folder: Path, told: Mapping[str, Any]) -> Iterator[str]:

@@ -39,7 +39,7 @@ class Pieces:
         self._hasher.shutdown(wait=True, cancel_futures=error is not None)
 
     def part(self, item: Item) -> Part:
-        return Part(item.key, item.dtype, item.shape, partial(self.make, item))
+        return Part(item.key, item.dtype, item.shape, partial(self.make, item), partial(self.digest, item))
 
     def found(self) -> dict[str, Any]:
         """What was found out, once all parts are written."""
@@ -62,6 +62,11 @@ class Pieces:
         if made.dtype != whole.dtype:
             self._count(item.key, made)
         return self._hashed(made, (item.key, self.tensors))
+
+    def digest(self, item: Item) -> str:
+        """The SHA-256 of what `make` gave."""
+        self._settle()
+        return self.tensors[item.key]
 
     def _made(self, item: Item) -> Tensor:
         """Part `item.part` of its group, of which all parts are made at once."""

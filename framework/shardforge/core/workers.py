@@ -20,8 +20,8 @@ from shardforge.core.errors import DataError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-AHEAD = 4
-"""Jobs handed out per other process at a time; bounds what waits in memory."""
+AHEAD = 2
+"""Jobs handed out per other process at a time: one that it does, and one that waits for it."""
 
 
 def cores() -> int:
@@ -59,22 +59,18 @@ class Workers:
         if others > 0 and self._pool is None:
             fresh = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self.count - 1, fresh, _begin, (self.prepare,))
-        left, running = iter(jobs), dict[Future[Result], Job]()
+        left, running = iter(jobs), set[Future[Result]]()
         try:
             self._hand_out(function, islice(left, AHEAD * others), running)
             if self.prepare:
                 self.prepare()
             while True:
-                done = [each for each in running if each.done()]
-                for each in done:
-                    del running[each]
+                for each in [each for each in running if each.done()]:
+                    running.remove(each)
                     self._hand_out(function, islice(left, 1), running)
                     yield each.result()
-                own = next(left, None)
-                if own is None:
-                    own = _taken_back(running)
-                if own is not None:
-                    yield function(own)
+                if own := list(islice(left, 1)):
+                    yield function(own[0])
                 elif running:
                     wait(running, return_when=FIRST_COMPLETED)
                 else:
@@ -86,20 +82,8 @@ class Workers:
                 f"run it again with {self.option} {max(1, self.count // 2)}; what is finished is kept",
             ) from cause
 
-    def _hand_out(
-        self, function: Callable[[Job], Result], jobs: Iterable[Job], running: dict[Future[Result], Job]
-    ) -> None:
-        for job in jobs:
-            assert self._pool is not None
-            running[self._pool.submit(function, job)] = job
-
-
-def _taken_back(running: dict[Future[Result], Job]) -> Job | None:
-    """A job that nobody has begun with, the one that would come last."""
-    for each in reversed(running):
-        if each.cancel():
-            return running.pop(each)
-    return None
+    def _hand_out(self, function: Callable[[Job], Result], jobs: Iterable[Job], running: set[Future[Result]]) -> None:
+        running |= {self._pool.submit(function, job) for job in jobs} if self._pool else set()
 
 
 def _begin(prepare: Callable[[], object] | None) -> None:

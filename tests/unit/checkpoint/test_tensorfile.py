@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import stat
 import weakref
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,11 +30,52 @@ def test_the_safetensors_library_reads_what_is_written(tmp_path):
     }
 
 
-def test_the_hash_is_that_of_the_file(tmp_path, monkeypatch):
+def tree(content: bytes) -> str:
+    """Of a file of tensors, in its own words."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    slots = [slot["data_offsets"] for name, slot in json.loads(content[8:start]).items() if name != "__metadata__"]
+    parts = [content[:start], *(content[start + begin : start + end] for begin, end in sorted(slots))]
+    return "tree:" + hashlib.sha256("".join(hashlib.sha256(each).hexdigest() for each in parts).encode()).hexdigest()
+
+
+def test_the_hash_is_that_of_header_and_tensors(tmp_path, monkeypatch):
     monkeypatch.setattr(tensorfile, "BLOCK_BYTES", 100)
-    written = write_tensors(tmp_path / "a", [part("x", torch.randn(1000))])
+    monkeypatch.setattr(tensorfile, "READ_BYTES", 70)
+    parts = [part("x", torch.randn(1000)), part("empty", torch.zeros(0)), part("y", torch.randn(3).double())]
+    written = write_tensors(tmp_path / "a", parts, {"format": "pt"})
     content = (tmp_path / "a").read_bytes()
-    assert (written.bytes, written.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+    assert (written.bytes, written.sha256) == (len(content), tree(content))
+    assert tensorfile.as_written(tmp_path / "a", written.sha256)
+
+
+def test_a_digest_that_is_known_is_not_computed_again(tmp_path):
+    known = replace(part("x", torch.ones(3)), digest=lambda: "0" * 64)
+    written = write_tensors(tmp_path / "a", [known])
+    header = hashlib.sha256((tmp_path / "a").read_bytes()[:-12]).hexdigest()
+    assert written.sha256 == "tree:" + hashlib.sha256((header + "0" * 64).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("at", [0, 7, 8, 20, -4001, -4000, -1])
+def test_no_byte_can_change_unseen(tmp_path, at):
+    written = write_tensors(tmp_path / "a", [part("y", torch.randn(3).double()), part("x", torch.randn(1000))])
+    content = bytearray((tmp_path / "a").read_bytes())
+    content[at] ^= 1
+    (tmp_path / "a").write_bytes(content)
+    assert not tensorfile.as_written(tmp_path / "a", written.sha256)
+
+
+@pytest.mark.parametrize("change", [lambda content: content[:-1], lambda content: content + b"x", lambda content: b""])
+def test_neither_can_its_length(tmp_path, change):
+    written = write_tensors(tmp_path / "a", [part("x", torch.randn(1000))])
+    (tmp_path / "a").write_bytes(change((tmp_path / "a").read_bytes()))
+    assert not tensorfile.as_written(tmp_path / "a", written.sha256)
+
+
+def test_the_hash_of_a_whole_file_is_one_too(tmp_path):
+    """Manifests have them of other files, and of tensors those that were written before there were trees."""
+    write_tensors(tmp_path / "a", [part("x", torch.randn(1000))])
+    whole = hashlib.sha256((tmp_path / "a").read_bytes()).hexdigest()
+    assert tensorfile.as_written(tmp_path / "a", whole) and not tensorfile.as_written(tmp_path / "a", "0" * 64)
 
 
 def test_a_long_file_is_drained_on_the_way(tmp_path, monkeypatch):
@@ -42,7 +85,7 @@ def test_a_long_file_is_drained_on_the_way(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fadvise", lambda handle, *rest: sizes.append(os.fstat(handle).st_size))
     written = write_tensors(tmp_path / "a", [part("x", torch.randn(1000))])
     assert len(sizes) >= 3 and max(after - before for before, after in pairwise([0, *sizes, written.bytes])) <= 1100
-    assert written.sha256 == hashlib.sha256((tmp_path / "a").read_bytes()).hexdigest()
+    assert written.sha256 == tree((tmp_path / "a").read_bytes())
 
 
 def test_every_tensor_is_aligned_to_its_type(tmp_path):

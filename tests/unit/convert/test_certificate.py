@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from shardforge.checkpoint import tensorfile
 from shardforge.convert import certificate
 from shardforge.convert.format import Options
 from shardforge.convert.plan import design
@@ -28,8 +29,9 @@ def test_every_file_of_the_result_is_there_with_its_hash(made, told):
     files = {file.name for file in made.path.iterdir()} - {certificate.NAME}
     assert told["target"]["files"].keys() == files
     for name, file in told["target"]["files"].items():
-        content = (made.path / name).read_bytes()
-        assert file == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        assert file["bytes"] == (made.path / name).stat().st_size
+        assert tensorfile.as_written(made.path / name, file["sha256"])
+        assert file["sha256"].startswith("tree:") == name.endswith(".safetensors")
 
 
 def test_every_tensor_has_the_hash_of_its_bytes_as_they_lie_in_the_file(made, told):
