@@ -55,7 +55,7 @@ class Workers:
     def run(self, function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[Result]:
         """Results as they come, in any order. `function` must be importable by name."""
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a core for each process
-        others = min(self.count, len(jobs)) - 1
+        others = max(0, min(self.count, len(jobs)) - 1)
         if others > 0 and self._pool is None:
             fresh = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self.count - 1, fresh, _begin, (self.prepare,))
