@@ -182,8 +182,9 @@ def saved(run_dir: Path, step: int) -> dict[str, Tensor]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Every file of a run directory with its hash, but for the two that any start may write."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in ("failure.json", "lock"))
+    """Every file of a run directory with its hash, but for those that any start may write."""
+    any_start = ("failure.json", "verdict.txt", "lock")
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in any_start)
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

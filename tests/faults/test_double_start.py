@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
+from shardforge.train import lock
 from tests.faults import runs
 
 pytestmark = pytest.mark.slow
@@ -32,6 +34,31 @@ def test_every_second_start_is_refused_and_the_first_run_goes_on(tmp_path):
         (run_dir / "STOP").touch()
         assert first.ended().code == 0
     assert json.loads((run_dir / "stopped.json").read_text())["state"] == "stopped"
+
+
+def test_a_run_whose_directory_has_changed_hands_ends_and_writes_nothing_more(tmp_path):
+    """As after a network cut: another machine found the lease stale, and has taken it."""
+
+    def beats_often() -> None:
+        lock.BEAT_S = 0.05
+
+    recipe, run_dir = str(runs.write_recipe(tmp_path, **FOR_EVER)), tmp_path / "run"
+    first = runs.fork(tmp_path, "train", recipe, prepare=beats_often)
+    try:
+        deadline = time.monotonic() + runs.PATIENCE_S
+        while not runs.losses(run_dir):
+            assert first.is_alive() and time.monotonic() < deadline
+        other = json.dumps({"host": "far", "pid": 7, "start": "", "machine": "another", "id": "x"})
+        (run_dir / "lock").write_text(other)
+        first.join(runs.PATIENCE_S)
+        assert first.exitcode == 2
+        told = (tmp_path / "child.err").read_text()
+        assert "the run directory has changed hands" in told and "process 7 on far has it" in told
+        assert (run_dir / "lock").read_text() == other
+        assert not any((run_dir / name).exists() for name in ("failure.json", "stopped.json", "verdict.txt"))
+    finally:
+        first.kill()
+        first.join()
 
 
 def test_a_second_launch_by_torchrun_is_refused_with_one_message(tmp_path):

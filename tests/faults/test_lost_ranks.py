@@ -3,6 +3,7 @@ goes on from its last checkpoint."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -20,7 +21,10 @@ import torch
 import torch.distributed as dist
 
 from shardforge.checkpoint import folders
+from shardforge.checkpoint.store import Store
 from shardforge.data.loader import Loader
+from shardforge.observe.jsonl import Tail
+from shardforge.train import pace
 from shardforge.train.signals import StopRequests
 from tests.faults import runs
 from tests.faults.runs import Ended
@@ -140,6 +144,10 @@ def fails(loader: Loader) -> None:
     raise ValueError("a bug of one rank")
 
 
+def slowly(store: Store) -> None:
+    time.sleep(3)
+
+
 def goes_astray(stop: StopRequests) -> None:
     dist.barrier(group=stop.group)
 
@@ -151,6 +159,21 @@ def verdict(job: Job) -> str:
     assert all(each.code != 0 for each in ended), ended
     assert told.count("error:") == 1 and "Traceback" not in told, told
     return told[told.index("error:") :]
+
+
+def record(job: Job) -> dict:
+    """What the launcher reads: cause, step, node and the ranks to blame."""
+    said = json.loads((job.run_dir / "failure.json").read_text())
+    assert said["start"] == str(job.folder) and said["code"] == 1
+    found = {name: said[name] for name in ("cause", "step", "node")}
+    return found | {"ranks": [each["rank"] for each in said["blamed"]]}
+
+
+def stacks(job: Job) -> dict[str, str]:
+    """verdict.txt: the heading of each stack and the stack below it."""
+    parts = (job.run_dir / "verdict.txt").read_text().split("\n\n")
+    found = [part.partition("\n") for part in parts if "stack of rank" in part.partition("\n")[0]]
+    return {head: below for head, _, below in found}
 
 
 def goes_on(ranks, job: Job) -> None:
@@ -169,6 +192,7 @@ def test_a_killed_rank_is_named_with_the_collective_that_lost_it(ranks, start, l
     told = verdict(job)
     assert re.search(rf"rank 0 \({axis}0\) lost contact in \w+ over {axis} .*step \d+ .*for rank 1 \({axis}1\)\n", told)
     assert re.search(rf"rank 1 \({axis}1\) is dead: process \d+ on \S+ is gone", told)
+    assert record(job) | {"step": 0} == {"cause": "dead", "step": 0, "node": None, "ranks": [1]}
     goes_on(ranks, job)
 
 
@@ -179,6 +203,8 @@ def test_a_stopped_rank_is_named_as_frozen_and_ended(ranks, start):
     assert re.search(r"rank 0 \(dp0\) waited \d+ s in \w+ over dp .*for rank 1 \(dp1\)\n", told)
     assert "rank 1 (dp1) is frozen: process" in told and "was stopped by a signal" in told
     assert job.ranks[1].exitcode == -signal.SIGKILL
+    assert record(job) | {"step": 0} == {"cause": "frozen", "step": 0, "node": None, "ranks": [1]}
+    assert "no stack of rank 1 (dp1)" in stacks(job)
     goes_on(ranks, job)
 
 
@@ -188,6 +214,10 @@ def test_a_rank_that_hangs_in_its_data_is_named_with_the_place(ranks, start):
     assert re.search(r"rank 0 \(dp0\) waited \d+ s in \w+ over dp in forward of step 3 .*for rank 1 \(dp1\)\n", told)
     place = r"data/loader.py:\d+ in batch, in \S*threading.py:\d+ in wait in reading data of step 3"
     assert re.search(rf"rank 1 \(dp1\) is elsewhere: for \d+ s in {place}", told)
+    assert record(job) == {"cause": "hang", "step": LAST, "node": None, "ranks": [1]}
+    found = stacks(job)
+    assert re.search(r"data/loader.py:\d+ in batch\n.*in wait$", found["stack of rank 1 (dp1)"], re.DOTALL)
+    assert re.search(r"engine/native.py:\d+ in .* in all_reduce", found["stack of rank 0 (dp0)"], re.DOTALL)
     goes_on(ranks, job)
 
 
@@ -195,6 +225,7 @@ def test_ranks_in_different_collectives_are_named_with_both(ranks, start):
     job = start({"dp_shard": 2}, {1: in_step(LAST, StopRequests, "agreed", goes_astray)})
     told = verdict(job)
     assert "all_reduce over dp in the agreement on a stop of step 3 at train/signals.py" in told
+    assert record(job)["cause"] == "order" and record(job)["step"] == LAST
     assert "barrier over dp in step 3" in told and re.search(r"rank [01] \(dp[01]\) is in another collective: ", told)
     goes_on(ranks, job)
 
@@ -205,18 +236,52 @@ def test_without_the_store_of_the_first_rank_the_verdict_says_so(ranks, start):
     told = verdict(job)
     assert re.search(r"rank 1 \(dp1\) lost contact in \w+ over dp", told)
     assert "rank 0 (dp0), which hosts the store at localhost:" in told and "is gone" in told
+    assert record(job)["cause"] == "lost"
     goes_on(ranks, job)
 
 
 @pytest.mark.parametrize("hosted", ["agent", "rank 0"])
 def test_a_bug_of_one_rank_ends_all_with_its_traceback(ranks, start, hosted):
-    job = start({"dp_shard": 2}, {1: in_step(LAST, Loader, "batch", fails)}, hasty=False, hosted=hosted)
+    job = start({"dp_shard": 2}, {1: in_step(LAST, Loader, "_make", fails)}, hasty=False, hosted=hosted)
     ended = job.ended()
     told = "".join(each.err for each in ended)
     assert [each.code for each in ended] == [1, 1]
     assert told.count("Traceback") == 1 and "rank 1 (dp1) failed:" in told and "a bug of one rank" in told
     assert "error:" not in told.replace("ValueError:", "")
+    assert record(job) == {"cause": "error", "step": LAST, "node": None, "ranks": [1]}
     goes_on(ranks, job)
+
+
+def test_a_save_in_flight_is_committed_when_another_rank_fails(ranks, start):
+    """Rank 1 fails in the step after a save, while rank 0 has yet to commit that save."""
+    faults = {0: in_step(LAST, Store, "_commit", slowly), 1: in_step(LAST + 1, Loader, "_make", fails)}
+    job = start({"dp_shard": 2}, faults, hasty=False)
+    assert [each.code for each in job.ended()] == [1, 1]
+    assert folders.committed(job.run_dir / "checkpoints")[-1] == LAST
+    goes_on(ranks, job)
+
+
+def works_slowly() -> None:
+    """A rank that needs a third of a second more for each batch; comparisons come often."""
+    often()
+    batch = Loader.batch
+    Loader.batch = lambda loader, step: time.sleep(0.3) or batch(loader, step)
+
+
+def often() -> None:
+    pace.REVIEW_S = 2.0
+
+
+def test_a_slow_rank_is_named_with_its_node_in_the_metrics(start):
+    job = start({"dp_shard": 2}, {0: often, 1: works_slowly}, hasty=False)
+    deadline = time.monotonic() + runs.PATIENCE_S
+    found: list[dict] = []
+    job.begun(1)
+    while not found:
+        assert all(each.is_alive() for each in job.ranks) and time.monotonic() < deadline, job.ended()
+        events = Tail(job.run_dir / "metrics.jsonl").new()
+        found = [slow for event in events for slow in event.get("slow", ()) if slow["measure"] == "work"]
+    assert {(each["rank"], each["place"], each["node"]) for each in found} == {(1, "dp1", socket.gethostname())}
 
 
 def test_ranks_whose_launcher_was_killed_save_and_stop(ranks, tmp_path):

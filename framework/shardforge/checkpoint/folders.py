@@ -4,6 +4,8 @@ checkpoints/
   step-00000200/              committed: manifest.json, then COMMITTED, written last
   step-00000300.tmp-0/        being written, or torn when no run is alive
   .trash-step-00000100/       being deleted
+
+Listing imports no torch: what looks at a run from outside, between two starts of it, answers at once.
 """
 
 from __future__ import annotations
@@ -16,8 +18,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from shardforge.checkpoint import tensorfile
-from shardforge.checkpoint.index import DAMAGED
 from shardforge.core.errors import CheckpointError
 from shardforge.recipe.schema import CheckpointConfig
 
@@ -25,6 +25,7 @@ MANIFEST = "manifest.json"
 MARKER = "COMMITTED"
 STEP = re.compile(r"step-(\d{8,})", re.ASCII)
 TORN = re.compile(r"step-(\d{8,})(\.tmp-(\d+))?", re.ASCII)
+DAMAGED = "`shardforge checkpoint audit` shows the extent; move the folder away to resume from an earlier step"
 
 
 def name(step: int) -> str:
@@ -55,6 +56,8 @@ def open_attempt(root: Path, step: int) -> Path:
 
 def commit(attempt: Path, step: int, manifest: dict[str, Any]) -> Path:
     """Turn a completely written attempt into the checkpoint of `step`. Each instant before the last leaves it torn."""
+    from shardforge.checkpoint import tensorfile
+
     content = json.dumps(manifest, indent=1).encode()
     tensorfile.write_whole(attempt / MANIFEST, content)
     final = attempt.with_name(name(step))
@@ -68,12 +71,16 @@ def commit(attempt: Path, step: int, manifest: dict[str, Any]) -> Path:
 
 def seal(folder: Path, step: int, manifest: dict[str, Any]) -> None:
     """Make a completely written folder the checkpoint of `step` where it lies, inside of what is not in place yet."""
+    from shardforge.checkpoint import tensorfile
+
     content = json.dumps(manifest, indent=1).encode()
     tensorfile.write_whole(folder / MANIFEST, content)
     _mark(folder, step, content)
 
 
 def _mark(folder: Path, step: int, manifest: bytes) -> None:
+    from shardforge.checkpoint import tensorfile
+
     marker = {"step": step, "manifest": hashlib.sha256(manifest).hexdigest()}
     tensorfile.write_whole(folder / MARKER, json.dumps(marker).encode())
 

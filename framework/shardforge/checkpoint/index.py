@@ -10,13 +10,13 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from shardforge.checkpoint.folders import DAMAGED
 from shardforge.checkpoint.tensorfile import TYPES, type_name
 from shardforge.core.errors import CheckpointError
 
 NAME = "index.json"
 FORMAT = 1
 SHOWN = 8
-DAMAGED = "`shardforge checkpoint audit` shows the extent; move the folder away to resume from an earlier step"
 
 
 @dataclass(frozen=True)

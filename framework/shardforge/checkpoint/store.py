@@ -39,6 +39,9 @@ from shardforge.recipe.schema import CheckpointConfig
 
 log = logger("checkpoint")
 
+WRITER = "checkpoint-"
+"""What the name of a background thread begins with; its step follows."""
+
 
 @dataclass(frozen=True)
 class _Saving:
@@ -92,7 +95,7 @@ class Store:
         except Exception as cause:
             pieces = cause  # told to the others in the background, where they are
         saving = _Saving(step, self.path / attempt, dict(tensors), pieces, json.loads(json.dumps(extra)))
-        self._thread = threading.Thread(target=self._finish, args=(saving,), name=f"checkpoint-{step}")
+        self._thread = threading.Thread(target=self._finish, args=(saving,), name=f"{WRITER}{step}")
         self._thread.start()
         if standing:
             self._settle()

@@ -81,9 +81,18 @@ class RunDir:
         return self.launch / "attempts.jsonl"
 
     @property
+    def decision(self) -> Path:
+        """One line: what was to be done after the last attempt."""
+        return self.launch / "decision"
+
+    @property
     def logs(self) -> Path:
         """What the job and its ranks printed."""
         return self.launch / "logs"
+
+    def occupied(self, start: str) -> Path:
+        """JSON: written by a start that was refused because another run lives here; `start`, and `owner` of the run."""
+        return self.launch / f"occupied-{start}.json"
 
     @property
     def report(self) -> Path:

@@ -7,7 +7,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from shardforge.core import units
 from shardforge.observe.experts import ExpertUse
+
+
+@dataclass(frozen=True)
+class Slow:
+    """A rank that holds the others up."""
+
+    rank: int
+    place: str  # "dp1 tp0"
+    node: str
+    measure: str  # "work" and "data": seconds of a step; "device": FLOP/s in a plain matmul
+    value: float
+    usual: float  # of the other ranks
+
+    def __str__(self) -> str:
+        who = f"rank {self.rank} ({self.place}) on {self.node}"
+        if self.measure == "device":
+            return f"{who}: its device reaches {units.count(self.value)} FLOP/s, others {units.count(self.usual)}"
+        what = {"work": "of own work", "data": "of waiting for data"}[self.measure]
+        return f"{who}: {units.seconds(self.value)} {what} a step, others {units.seconds(self.usual)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +49,7 @@ class StepReport:
     model_flops: float = 0.0  # FLOP of forward and backward of the model, over all ranks, without recompute
     peak_flops: float = 0.0  # FLOP/s that all devices together reach in plain matmul; 0 when unknown
     memory_bytes: int = 0  # device memory, or resident memory on CPU
+    slow: tuple[Slow, ...] = ()  # in some steps: ranks that are slower than the others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +75,7 @@ class RunInfo:
     first_step: int  # > 0 when resumed
     recipe: Mapping[str, Any]  # resolved recipe as plain data
     unigram_entropy: float | None = None  # nats per held-out token for a model that knows only token frequencies
+    attempt: Mapping[str, Any] = field(default_factory=dict)  # start, job, restart, nodes and reason, where known
 
 
 class Observer(Protocol):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from shardforge.core import units
 from shardforge.observe import health
-from shardforge.observe.base import EvalReport, RunInfo, StepReport
+from shardforge.observe.base import EvalReport, RunInfo, Slow, StepReport
 from shardforge.observe.throughput import Rates, Throughput
 
 HEADER = (
@@ -18,6 +19,8 @@ HEADER = (
 )
 REPEAT = 30
 """Lines after which the header comes again."""
+SHOWN = 8
+"""Slow ranks that are named at once."""
 
 
 class Console:
@@ -27,14 +30,19 @@ class Console:
         self._stream = stream or sys.stdout
         self._throughput = Throughput()
         self._lines, self._life, self._printed = 0, 0.0, -math.inf
+        self._slow: set[tuple[int, str]] = set()
 
     def on_start(self, info: RunInfo) -> None:
         self._throughput.restart()
         self._lines, self._life, self._printed = 0, 0.0, -math.inf
+        self._slow: set[tuple[int, str]] = set()
         self._say(introduction(info))
+        if told := origin(info.attempt):
+            self._say(told)
 
     def on_step(self, report: StepReport) -> None:
         rates = self._throughput.add(report)
+        self._say_slow(report.slow)
         self._life += report.seconds
         pause = min(60.0, max(5.0, self._life / 100))
         if self._life - self._printed < pause and report.step < report.steps and math.isfinite(report.loss):
@@ -46,6 +54,16 @@ class Console:
         self._say(line(report, rates))
         if trouble := health.warning(report.experts):
             self._say(trouble)
+
+    def _say_slow(self, slow: Sequence[Slow]) -> None:
+        """Whom nobody has heard of yet."""
+        ranks = {(each.rank, each.measure) for each in slow}
+        if not ranks <= self._slow:
+            for each in slow[:SHOWN]:
+                self._say(f"slow: {each}")
+            if len(slow) > SHOWN:
+                self._say(f"slow: and {len(slow) - SHOWN} more ranks")
+        self._slow |= ranks
 
     def on_eval(self, report: EvalReport) -> None:
         self._say(f"held-out loss {report.loss:.4f} after step {report.step} ({units.count(report.tokens)} tokens)")
@@ -69,6 +87,14 @@ def introduction(info: RunInfo) -> str:
         left = f"all {info.steps} steps done"
     weights = units.count(info.weights)
     return f"{info.name}: {weights} weights, layout {info.layout} on {processes}, {left} in {info.path}"
+
+
+def origin(attempt: Mapping[str, Any]) -> str:
+    """ "job 123, restart 2, because: node2 went down"; "" where nobody has said anything of the kind."""
+    words = [f"job {attempt['job']}"] if "job" in attempt else []
+    words += [f"restart {attempt['restart']}"] if attempt.get("restart") else []
+    words += [f"because: {attempt['reason']}"] if attempt.get("reason", "first") != "first" else []
+    return ", ".join(words)
 
 
 def line(report: StepReport, rates: Rates) -> str:

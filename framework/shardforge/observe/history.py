@@ -14,7 +14,7 @@ from shardforge.core.errors import DataError
 from shardforge.observe.base import EvalReport, StepReport
 from shardforge.observe.expert_history import ExpertHistory, gathered, packed
 
-COLUMNS = tuple(item.name for item in fields(StepReport) if item.name not in ("terms", "experts"))
+COLUMNS = tuple(item.name for item in fields(StepReport) if item.name not in ("terms", "experts", "slow"))
 """Numbers kept per step, named as in StepReport."""
 
 
@@ -30,6 +30,7 @@ class Start:
     steps: int
     first_step: int
     unigram_entropy: float | None = None
+    attempt: Mapping[str, Any] | None = None  # see RunInfo; None before it was told
 
 
 @dataclass(frozen=True, kw_only=True)

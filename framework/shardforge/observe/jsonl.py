@@ -1,7 +1,8 @@
 """metrics.jsonl: every event of a run, one JSON object a line, appended and flushed at once.
 
     {"event": "start", "time": ..., "name": ..., "layout": ..., "first_step": 0, ...}
-    {"event": "step", "time": ..., "step": 1, "loss": ..., ...}       every field of StepReport; experts as in `health`
+    {"event": "step", "time": ..., "step": 1, "loss": ..., ...}       every field of StepReport; experts as in `health`,
+                                                                      slow where some rank is
     {"event": "eval" | "checkpoint" | "end", "time": ..., ...}
 
 Numbers that are not finite are null. A kill can tear the last line; whatever follows the last newline was never said.
@@ -14,16 +15,16 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from shardforge.core.errors import DataError, EngineError
 from shardforge.observe import health
-from shardforge.observe.base import EvalReport, Observer, RunInfo, StepReport
+from shardforge.observe.base import EvalReport, Observer, RunInfo, Slow, StepReport
 from shardforge.observe.history import History, collect, held_out, number
 
-STEP_FIELDS = tuple(item.name for item in fields(StepReport) if item.name != "experts")
+STEP_FIELDS = tuple(item.name for item in fields(StepReport) if item.name not in ("experts", "slow"))
 INFO_FIELDS = tuple(item.name for item in fields(RunInfo) if item.name not in ("path", "recipe"))
 
 
@@ -48,6 +49,8 @@ class MetricsFile:
             edge = not self._begun or report.step == report.steps
             loads = edge or report.step % health.stride(report.experts) == 0
             values["experts"] = health.record(report.experts, loads=loads)
+        if report.slow:
+            values["slow"] = [asdict(each) for each in report.slow]
         self._begun = True
         self._say("step", values)
 
@@ -115,12 +118,14 @@ def replay(event: Mapping[str, Any], observer: Observer, run: Path) -> None:
     kind = event["event"]
     if kind == "start":
         facts: dict[str, Any] = {name: event.get(name) for name in INFO_FIELDS}
+        facts["attempt"] = facts["attempt"] or {}  # an older version said nothing of it
         observer.on_start(RunInfo(path=run, recipe={}, **facts))
     elif kind == "step":
         values = {name: number(event[name]) for name in STEP_FIELDS if name != "terms" and name in event}
         terms = {name: number(value) for name, value in event["terms"].items()}
         experts = health.recall(event["experts"]) if "experts" in event else {}
-        observer.on_step(StepReport(**values, terms=terms, experts=experts))  # type: ignore[arg-type]
+        slow = tuple(Slow(**each) for each in event.get("slow", ()))
+        observer.on_step(StepReport(**values, terms=terms, experts=experts, slow=slow))  # type: ignore[arg-type]
     elif kind == "eval":
         observer.on_eval(held_out(event))
     elif kind == "checkpoint":

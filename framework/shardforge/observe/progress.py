@@ -21,14 +21,16 @@ from rich.text import Text
 
 from shardforge.core import units
 from shardforge.observe import expert_rows
-from shardforge.observe.base import EvalReport, Observer, RunInfo, StepReport
-from shardforge.observe.console import Console
+from shardforge.observe.base import EvalReport, Observer, RunInfo, Slow, StepReport
+from shardforge.observe.console import Console, origin
 from shardforge.observe.experts import ExpertUse
 from shardforge.observe.throughput import Rates, Throughput
 
 SPARK_WIDTH = 48
 QUIET_S = 30.0
 """Silence after which the display says how long the last news is ago."""
+SLOW_ROWS, SLOW_S = 3, 90.0
+"""Slow ranks that are shown, and for how long after the last word of them."""
 
 
 def display() -> Observer:
@@ -59,6 +61,8 @@ class Progress:
         self._eval: EvalReport | None = None
         self._loaded: Mapping[int, ExpertUse] = {}
         self._saved: int | None = None
+        self._slow: tuple[Slow, ...] = ()
+        self._slowed = 0.0
         self._verdict = ""
         self._losses = Trace(SPARK_WIDTH)
         self._news = self._clock()
@@ -76,6 +80,8 @@ class Progress:
         self._losses.add(report.loss)
         if any(use.relative for use in report.experts.values()):  # a step of a record may be without loads
             self._loaded = report.experts
+        if report.slow:
+            self._slow, self._slowed = report.slow, self._clock()
 
     def on_eval(self, report: EvalReport) -> None:
         self._eval, self._news = report, self._clock()
@@ -122,6 +128,10 @@ class Progress:
             self._fill(rows, report, rates)
         if self._eval is not None:
             rows.add_row("held-out", Text(f"{self._eval.loss:.4f} after step {self._eval.step}"))
+        for each in self._slow[:SLOW_ROWS] if self._clock() - self._slowed < SLOW_S else ():
+            rows.add_row("slow", Text(str(each), style="yellow"))
+        if told := origin(info.attempt):
+            rows.add_row("start", Text(told))
         if self._saved is not None:
             rows.add_row("saved", Text(f"step {self._saved}"))
         if self._status():

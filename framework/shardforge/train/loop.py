@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 
 import psutil
@@ -12,32 +13,38 @@ from shardforge.checkpoint import folders
 from shardforge.checkpoint.tensorfile import write_whole
 from shardforge.engine.base import Losses, UpdateStats
 from shardforge.observe.base import EvalReport, StepReport
+from shardforge.precision.types import DTYPES
 from shardforge.train import watchdog
+from shardforge.train.guard import start_id
+from shardforge.train.pace import Pace
 from shardforge.train.run import Run
-from shardforge.train.signals import StopRequests
+from shardforge.train.signals import StopRequests, first_line
 
 
-def train(run: Run) -> str:
+def train(run: Run, pace: Pace | None = None) -> str:
     """Turn until the last step or a stop request; "finished" or "stopped". Collective."""
-    steps, step = run.recipe.train.steps, run.step
+    steps, step, pace = run.recipe.train.steps, run.step, pace or Pace()
+    pace.probes(run.world.device, DTYPES[run.recipe.precision.compute])
     with StopRequests(run.dir.stop, run.world.control) as stop:
         stopping = False
         while step < steps and not stopping:
             begun = time.perf_counter()
-            batch = run.data.batch(step)  # pure in (recipe, step): resume is an integer
-            waited = time.perf_counter() - begun
-            losses = run.engine.forward_backward(batch, step)
-            update = run.engine.update(run.recipe.schedule.at(step, steps))
-            watchdog.check(step, losses, update)
-            step += 1
-            stopping = stop.agreed()
+            with pace:
+                batch = run.data.batch(step)  # pure in (recipe, step): resume is an integer
+                waited = time.perf_counter() - begun
+                pace.waited_for_data(waited)
+                losses = run.engine.forward_backward(batch, step)
+                update = run.engine.update(run.recipe.schedule.at(step, steps))
+                watchdog.check(step, losses, update)
+                step += 1
+                stopping = stop.agreed()
             stood = save(run, step) if due(run, step) or stopping else 0.0
-            run.audience.on_step(report(run, step, losses, update, time.perf_counter() - begun, waited, stood))
+            run.audience.on_step(report(run, step, losses, update, time.perf_counter() - begun, waited, stood, pace))
             if evaluates(run, step):
                 evaluate(run, step)
         run.store.close()
         verdict = "finished" if step >= steps else "stopped"
-        run.world.lead(lambda: mark(run, step, verdict, stop.reason))
+        run.world.lead(lambda: mark(run, step, verdict, stop.why()))
     run.audience.on_end(verdict)
     run.data.close()
     return verdict
@@ -73,7 +80,7 @@ def evaluate(run: Run, step: int) -> EvalReport:
 
 
 def report(
-    run: Run, step: int, losses: Losses, update: UpdateStats, seconds: float, waited: float, stood: float
+    run: Run, step: int, losses: Losses, update: UpdateStats, seconds: float, waited: float, stood: float, pace: Pace
 ) -> StepReport:
     sequences = run.data.sequences(step - 1)
     return StepReport(
@@ -92,6 +99,7 @@ def report(
         model_flops=sequences * run.engine.step_flops,
         peak_flops=run.peak_flops,
         memory_bytes=memory(run.world.device),
+        slow=pace.take(),
     )
 
 
@@ -103,5 +111,8 @@ def memory(device: torch.device) -> int:
 
 def mark(run: Run, step: int, verdict: str, reason: str) -> None:
     """First rank: the verdict that a launcher reads; exit codes do not survive torchrun and srun."""
-    write_whole(run.dir.stopped, json.dumps({"state": verdict, "step": step, "reason": reason}).encode() + b"\n")
-    run.dir.stop.unlink(missing_ok=True)
+    said = {"state": verdict, "step": step, "reason": reason}
+    said |= {"start": start_id()} if "SHARDFORGE_START" in os.environ else {}  # the launcher that named it reads this
+    write_whole(run.dir.stopped, json.dumps(said).encode() + b"\n")
+    if first_line(run.dir.stop) in ("", reason):  # another wish has yet to be followed
+        run.dir.stop.unlink(missing_ok=True)

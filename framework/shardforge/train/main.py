@@ -10,10 +10,13 @@ from types import FrameType
 import torch.distributed as dist
 
 from shardforge.core import log
+from shardforge.core.rundir import RunDir
 from shardforge.recipe.load import Loaded
 from shardforge.train import guard
+from shardforge.train.failure import MISTAKE, Failure
+from shardforge.train.lock import Lease
 from shardforge.train.loop import train
-from shardforge.train.pulse import Heart
+from shardforge.train.pulse import Heart, leave
 from shardforge.train.run import directory, open_run
 from shardforge.train.world import distributed, join, limit
 
@@ -24,17 +27,21 @@ def main(loaded: Loaded) -> int:
     recipe = loaded.recipe
     run_dir, timeout = directory(recipe), recipe.train.timeout
     heart = Heart(run_dir, recipe.parallel, timeout)
+    held: list[Lease] = []
 
     def work() -> int:
         world = join(recipe.parallel, timeout)
         if distributed():
             heart.start(dist.distributed_c10d._get_default_store())
         run = open_run(loaded, world)
+        if run.held is not None:
+            held.append(run.held)
+            run.held.lost = lambda holder: evicted(run_dir, heart, str(holder))
         limit(timeout)
         if run.step >= recipe.train.steps:
             log.logger("train").info("all %d steps are done already", run.step)
         try:
-            train(run)
+            train(run, heart.pace)
         except BaseException:
             run.audience.on_end("failed")
             raise
@@ -43,6 +50,8 @@ def main(loaded: Loaded) -> int:
     if distributed():
         signal.signal(signal.SIGTERM, _end)
     code = guard.guarded(run_dir, recipe.parallel, work, heart)
+    for lease in held:
+        lease.close()
     if code and distributed():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -51,6 +60,16 @@ def main(loaded: Loaded) -> int:
     if dist.is_initialized():
         dist.destroy_process_group()
     return code
+
+
+def evicted(run_dir: RunDir, heart: Heart, holder: str) -> None:
+    """The run directory belongs to another run since this process was cut off or stood still: all ranks leave, and
+    nothing more is written there."""
+    text = f"error: {run_dir.path}  the run directory has changed hands while this run stood still: {holder} has it"
+    print(text, file=sys.stderr, flush=True)
+    guard.refused(run_dir, holder)
+    heart.tell(Failure(text=text, code=MISTAKE, cause="mistake"))
+    leave(MISTAKE)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -10,9 +10,9 @@ SIZE = {"cpu": 768, "cuda": 8192}
 TRIES = 5
 
 
-def measure(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of this rank's device: the best of a few square products of the compute type."""
-    size = SIZE[device.type]
+def measure(device: torch.device, dtype: torch.dtype, size: int = 0) -> float:
+    """FLOP/s of this rank's device: the best of a few square products of the compute type, of a size that fills it."""
+    size = size or SIZE[device.type]
     a = torch.ones(size, size, dtype=dtype, device=device)
     best = float("inf")
     for _ in range(TRIES + 1):  # the first one warms up

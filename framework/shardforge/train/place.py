@@ -10,7 +10,7 @@ import json
 import re
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -93,11 +93,7 @@ def stack_in(error: BaseException) -> Stack:
 
 
 def _outward(frame: FrameType | None) -> Stack:
-    found: Stack = []
-    while frame is not None:
-        found.append((frame, frame.f_lineno))
-        frame = frame.f_back
-    return found
+    return [(each, each.f_lineno) for each in _frames(frame)]
 
 
 def signature(stack: Stack) -> int:
@@ -110,8 +106,8 @@ def glance(stack: Stack) -> Place:
     """The lines of a thread that may be moving; no variable is looked at."""
     ours = next((each for each in stack if each[0].f_code.co_filename.startswith(OURS)), None)
     return Place(
-        line=_line(*ours) if ours else "",
-        leaf=_line(*stack[0]) if stack and ours is not stack[0] else "",
+        line=line_of(*ours) if ours else "",
+        leaf=line_of(*stack[0]) if stack and ours is not stack[0] else "",
     )
 
 
@@ -126,7 +122,7 @@ def place(stack: Stack) -> Place:
         call=call,
         unit=_unit(stack),
         part=_part(stack),
-        step=_step(stack),
+        step=step_of(stack),
     )
 
 
@@ -146,7 +142,7 @@ def ranges(ranks: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
 
 def _collective(stack: Stack) -> tuple[str, dist.ProcessGroup | None, int]:
     """Name and group of the collective that a thread waits in, and how many of them it has begun."""
-    index = _call(stack)
+    index = _call(frame for frame, _ in stack)
     if index is None:
         on_its_own = bool(stack) and _pending(stack[0][0].f_locals)  # our own code waits for what it began before
         if not on_its_own and not torch.cuda.is_available():
@@ -159,9 +155,9 @@ def _collective(stack: Stack) -> tuple[str, dist.ProcessGroup | None, int]:
     return operation, group, _calls(group) if group is not None else 0
 
 
-def _call(stack: Stack) -> int | None:
+def _call(frames: Iterable[FrameType]) -> int | None:
     """The innermost frame of a collective; what a collective calls back into our own code is no waiting."""
-    for index, (frame, _) in enumerate(stack):
+    for index, frame in enumerate(frames):
         code = frame.f_code
         if code.co_filename.startswith(OURS):
             return None
@@ -170,6 +166,17 @@ def _call(stack: Stack) -> int | None:
         if waits or (public and code.co_name != "wrapper"):
             return index
     return None
+
+
+def in_collective(thread: int) -> bool:
+    """Whether a thread, which may be moving, is in a collective now; by its ident."""
+    return _call(_frames(sys._current_frames().get(thread))) is not None
+
+
+def _frames(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 def _pending(within: Mapping[str, Any]) -> bool:
@@ -195,8 +202,7 @@ def _group(stack: Stack) -> dist.ProcessGroup | None:
 
 def _in_flight() -> tuple[str, dist.ProcessGroup | None, int]:
     """The oldest unfinished collective in torch's flight recorder: a GPU waits for it while the thread does not."""
-    recorder = torch._C._distributed_c10d
-    dump = getattr(recorder, "_dump_nccl_trace_json", None) or getattr(recorder, "_dump_fr_trace_json", None)
+    dump = recorder()
     if dump is None:
         return "", None, 0
     named = {group.group_name: group for group in list(dist.distributed_c10d._world.pg_map)}
@@ -206,6 +212,12 @@ def _in_flight() -> tuple[str, dist.ProcessGroup | None, int]:
             operation = entry["profiling_name"].partition(":")[2].strip("_")
             return operation, group, entry["collective_seq_id"]
     return "", None, 0
+
+
+def recorder() -> Callable[[bool, bool], bytes] | None:
+    """torch's flight recorder as JSON: called with whether collectives are wanted, and only those in flight."""
+    of = torch._C._distributed_c10d
+    return getattr(of, "_dump_nccl_trace_json", None) or getattr(of, "_dump_fr_trace_json", None)
 
 
 def _calls(group: dist.ProcessGroup) -> int:
@@ -241,7 +253,7 @@ def _part(stack: Stack) -> str:
     return ""
 
 
-def _step(stack: Stack) -> int | None:
+def step_of(stack: Stack) -> int | None:
     """The number under which the step that the loop is in will be reported."""
     for index, (frame, _) in enumerate(stack):
         if frame.f_code.co_filename == LOOP and frame.f_code.co_name == "train":
@@ -251,7 +263,7 @@ def _step(stack: Stack) -> int | None:
     return None
 
 
-def _line(frame: FrameType, number: int) -> str:
+def line_of(frame: FrameType, number: int) -> str:
     code = frame.f_code
     file = code.co_filename
     for root in (OURS, f"{Path(TORCH).parent}/"):

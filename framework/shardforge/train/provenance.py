@@ -29,8 +29,10 @@ def start(
     first_step: int,
     device: str,
     weights: dict[str, Any] | None = None,
+    attempt: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """One entry, plain data. `weights` says whose weights this start began with, None for its own."""
+    """One entry, plain data. `weights` says whose weights this start began with, None for its own; `attempt` which job
+    and restart it is, and why."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
@@ -47,6 +49,7 @@ def start(
         "device": device,
         "host": socket.gethostname(),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "attempt": attempt or {},
     }
 
 

@@ -10,6 +10,7 @@ itself may hang or be gone: it is asked by a thread of its own (board.py), and n
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -28,10 +29,12 @@ from shardforge.checkpoint.crew import PATIENCE
 from shardforge.core import log
 from shardforge.core.layout import Layout
 from shardforge.core.rundir import RunDir
-from shardforge.train import guard
+from shardforge.train import guard, page, saving, stacks
 from shardforge.train.board import Board, Unreachable
-from shardforge.train.place import Place, glance, place, signature, stack_in, stack_of
-from shardforge.train.verdict import Pulse, Scene, Standing, end_frozen, spot, standing, verdict
+from shardforge.train.failure import CRASH, Failure, node_name, recall
+from shardforge.train.pace import TICK_S, Pace, Review
+from shardforge.train.place import Place, Stack, glance, place, signature, stack_in, stack_of
+from shardforge.train.verdict import LOST_CONTACT, Paced, Pulse, Scene, Standing, end_frozen, spot, standing
 
 T = TypeVar("T")
 FEWEST, LONGEST_S = 10, 1.0
@@ -53,13 +56,17 @@ class Heart:
         self.interval = min(LONGEST_S, timeout_s / FEWEST)
         self.rank, self.size = log.rank(), layout.world_size
         own = psutil.Process()
-        self.pulse = Pulse(self.rank, socket.gethostname(), own.pid, own.create_time(), 0, 0.0, Place())
+        process = (socket.gethostname(), own.pid, own.create_time())
+        self.pulse = Pulse(self.rank, *process, 0, 0.0, Place(), node=node_name())
         self.board: Board | None = None
         self._thread: threading.Thread | None = None
+        self.pace, self.review = Pace(), Review(layout)
         self._ended, self._concluding = threading.Event(), threading.Lock()
         self._main, self._launcher = threading.main_thread().ident or 0, 0
         self._seen, self._spent, self._at = 0, 0.0, time.monotonic()
         self._fixed: Place | None = None  # where the main thread failed
+        self._failed: Stack = []  # there
+        self._shown = b""  # the request for stacks that was answered last
         self._not_before = timeout_s
 
     def start(self, store: dist.Store) -> None:
@@ -81,39 +88,60 @@ class Heart:
         self._publish()
         self.board.close()
 
-    def tell(self, code: int, text: str) -> None:
-        """This rank ends with `code`, and has said why: the others leave too, instead of waiting for it."""
+    def tell(self, failure: Failure) -> None:
+        """This rank has said why it ends: the others leave too, instead of waiting for it."""
         if self.board is None:
             return
         self._concluding.acquire(blocking=False)
-        said = json.dumps({"code": code, "rank": self.rank, "text": text})
+        said = json.dumps({"rank": self.rank, "failure": failure.told()})
         self._ask(lambda store: store.set("said", said))
         if self.rank == 0 and not _agent_hosts():
             time.sleep(SETTLED * self.interval)  # the store ends with this process, and the others have yet to read it
 
-    def lost(self, error: BaseException) -> str | None:
-        """What is to be said of a collective that failed with `error`; "" when another rank, or this one's pulse, says
-        it; None when nothing is known."""
+    def lost(self, error: BaseException) -> Failure | None:
+        """What is to be said of a collective that failed with `error`; no text when another rank, or this one's pulse,
+        says it; None when nothing is known."""
         if self.board is None or self._thread is None:
             return None
         if not self._concluding.acquire(blocking=False):
             self._thread.join()  # it ends the process
-        self._fixed = place(stack_in(error))
+        self._failed = stack_in(error)
+        self._fixed = place(self._failed)
         until = time.monotonic() + GRACE_S
         while not self._takes_turn() and time.monotonic() < until:
             if self._said() is not None:
-                return ""
+                return Failure(text="")
             time.sleep(self.interval)
-        return self._speech(self._scene("lost contact in"))
+        return self._speech(self._scene(LOST_CONTACT))
 
     def _beat(self) -> None:
-        while not self._ended.wait(self.interval):
+        while not self._rest():
             self._follow_launcher()
             self._feel()
             self._publish()
+            self._show()
             self._listen()
+            self._review()
             if self.pulse.idle >= self._not_before:
                 self._conclude()
+
+    def _rest(self) -> bool:
+        """Wait an interval, with looks at how the main thread spends it; whether this is the end."""
+        until = time.monotonic() + self.interval
+        while (left := until - time.monotonic()) > 0:
+            if self._ended.wait(min(left, TICK_S)):
+                return True
+            self.pace.look(self._main)
+        return False
+
+    def _review(self) -> None:
+        """First rank: who is slower than the others."""
+        if self.rank or not self.review.due():
+            return
+        try:
+            self.pace.slow = self.review.of({rank: (each.node, each.pace) for rank, each in self._read().items()})
+        except Unreachable:
+            return
 
     def _follow_launcher(self) -> None:
         """A launcher that was killed cannot end its ranks; they save and stop as if they had been asked to."""
@@ -140,9 +168,27 @@ class Heart:
         self._seen, self._spent, self._at = seen, spent, now
 
     def _publish(self) -> None:
-        self.pulse = replace(self.pulse, count=self.pulse.count + 1)
+        self.pulse = replace(self.pulse, count=self.pulse.count + 1, pace=self.pace.sums)
         told = json.dumps(asdict(self.pulse))
         self._ask(lambda store: store.set(f"pulse/{self.rank}", told))
+
+    def _show(self) -> None:
+        """The stacks of this rank, when another asks for those of all; equal ones are told once."""
+        asked = self._ask(lambda store: store.get("look") if store.check(["look"]) else b"")
+        if asked and asked != self._shown:
+            text = self._stacks()
+            name = hashlib.sha256(text.encode()).hexdigest()[:16]
+
+            def show(store: dist.Store) -> None:
+                if not store.check([f"stack/{name}"]):
+                    store.set(f"stack/{name}", text)
+                store.set(f"shown/{self.rank}", name)
+
+            self._ask(show)
+            self._shown = asked
+
+    def _stacks(self) -> str:
+        return stacks.told(self._failed or stack_of(self._main))
 
     def _ask(self, work: Callable[[dist.Store], T]) -> T | None:
         try:
@@ -160,9 +206,11 @@ class Heart:
         if said is None or said["rank"] == self.rank:
             return
         self._ended.wait(max(1.0, 2 * self.interval))  # the main thread may have met the same, and leaves by itself
+        failure = recall(said["failure"])
         if self.rank == 0:
-            guard.speak(self.run_dir, said["text"])  # where ranks share no folder, the others' words are lost
-        leave(said["code"])
+            guard.speak(self.run_dir, failure)  # where ranks share no folder, the others' words are lost
+        saving.finish(failure)
+        leave(failure.code)
 
     def _conclude(self) -> None:
         """The main thread has stood still for too long: end the process, unless others are only slow."""
@@ -176,11 +224,12 @@ class Heart:
             self._not_before = self.timeout if moved else self.pulse.idle + self.timeout / 4
             self._ask(lambda store: store.compare_set("turn", str(self.rank), ""))
         elif self._concluding.acquire(blocking=False):
-            text = self._speech(scene)
-            if text:
-                guard.speak(self.run_dir, text)
-                self.tell(guard.CRASH, text)
-            leave(guard.CRASH)
+            failure = self._speech(scene)
+            if failure.text:
+                guard.speak(self.run_dir, failure)
+                self.tell(failure)
+            saving.finish(failure)
+            leave(CRASH)
 
     def _takes_turn(self) -> bool:
         """Whether this rank is the one to look at all pulses and to speak. Without a store each of them is."""
@@ -196,19 +245,22 @@ class Heart:
 
         known = [each.pulse for each in scene.ranks.values() if each.state == "alive" and each.pulse is not None]
         here = self.pulse
-        saving = CHECKPOINT in here.place.line and here.idle < PATIENCE.total_seconds()
-        return saving and len(known) == len(scene.ranks) and any(works(pulse) for pulse in known)
+        saves = CHECKPOINT in here.place.line and here.idle < PATIENCE.total_seconds()
+        return saves and len(known) == len(scene.ranks) and any(works(pulse) for pulse in known)
 
     def _scene(self, begun: str) -> Scene:
         """All ranks, as they show themselves in two readings."""
         try:
             before = self._read()
+            asked = f"{self.rank}.{self.pulse.count}"
+            self._ask(lambda store: store.set("look", asked))
             self._pause(max(SETTLED * self.interval, 1.5))
             now = self._read()
         except Unreachable as why:
             here = self._own()
             return Scene(self.layout, self.rank, begun, {self.rank: here}, f"{self._host()} {why}")
-        ranks = {rank: standing(rank, before.get(rank), now.get(rank), self.pulse.host) for rank in range(self.size)}
+        about = (self.pulse.host, begun == LOST_CONTACT)
+        ranks = {rank: standing(rank, before.get(rank), now.get(rank), *about) for rank in range(self.size)}
         ranks[self.rank] = self._own()
         return Scene(self.layout, self.rank, begun, ranks)
 
@@ -221,13 +273,30 @@ class Heart:
         return f"nothing is known of the others: {owner}, which hosts the store at {address},"
 
     def _read(self) -> dict[int, Pulse]:
+        return {rank: _pulse(told) for rank, told in self._gather("pulse").items()}
+
+    def _gather(self, name: str) -> dict[int, bytes]:
+        """What each rank has set under this name, of those that have."""
         assert self.board is not None
-        keys = [f"pulse/{rank}" for rank in range(self.size)]
+        keys = {f"{name}/{rank}": rank for rank in range(self.size)}
 
-        def read(store: dist.Store) -> list[bytes]:
-            return store.multi_get(keys if store.check(keys) else [key for key in keys if store.check([key])])
+        def read(store: dist.Store) -> dict[int, bytes]:
+            there = list(keys) if store.check(list(keys)) else [key for key in keys if store.check([key])]
+            return {keys[key]: told for key, told in zip(there, store.multi_get(there), strict=True)} if there else {}
 
-        return {pulse.rank: pulse for pulse in map(_pulse, self.board.ask(read, 10.0))}
+        return self.board.ask(read, 10.0)
+
+    def _all_stacks(self) -> dict[int, str]:
+        """As far as the ranks have told them."""
+        found = {self.rank: self._stacks()}
+        try:
+            shown = {rank: name.decode() for rank, name in self._gather("shown").items() if rank != self.rank}
+            names = sorted(set(shown.values()))
+            texts = self._ask(lambda store: [store.get(f"stack/{name}").decode() for name in names]) or []
+        except Unreachable:
+            return found
+        known = dict(zip(names, texts, strict=False))
+        return found | {rank: known[name] for rank, name in shown.items() if name in known}
 
     def _pause(self, seconds: float) -> None:
         """In the thread that beats, keep beating: the others look at this rank too."""
@@ -238,11 +307,13 @@ class Heart:
                 self._feel()
                 self._publish()
 
-    def _speech(self, scene: Scene) -> str:
-        """The verdict, or nothing when another rank has said it. Frozen ranks of this machine are ended."""
-        text = "" if self._said() is not None else f"error: {verdict(scene, self.run_dir.path)}"
+    def _speech(self, scene: Scene) -> Failure:
+        """The verdict, without text when another rank has said it. Frozen ranks of this machine are ended."""
+        found = Failure(text="")
+        if self._said() is None:
+            found = page.failure(scene, self.run_dir.path, self._all_stacks(), guard.start_id())
         end_frozen(scene.ranks.values(), self.pulse.host)
-        return text
+        return found
 
 
 def _agent_hosts() -> bool:
@@ -252,8 +323,8 @@ def _agent_hosts() -> bool:
 
 def _pulse(told: bytes) -> Pulse:
     found = json.loads(told)
-    where = found.pop("place")
-    return Pulse(**found, place=Place(**where | {"runs": tuple(map(tuple, where["runs"]))}))
+    where, pace = found.pop("place"), Paced(**found.pop("pace"))
+    return Pulse(**found, pace=pace, place=Place(**where | {"runs": tuple(map(tuple, where["runs"]))}))
 
 
 def leave(code: int) -> None:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,7 @@ from shardforge.precision.types import DTYPES
 from shardforge.recipe.load import Loaded, load
 from shardforge.recipe.provenance import content_hash, differences, dump, plain
 from shardforge.recipe.schema import Recipe
-from shardforge.train import lock, peak, provenance, start
+from shardforge.train import attempt, lock, peak, provenance, start
 from shardforge.train.world import World
 
 log = logger("train")
@@ -58,7 +58,7 @@ class Run:
     audience: Audience
     step: int  # steps finished
     peak_flops: float  # of all devices together
-    held: IO[str] | None  # the lock
+    held: lock.Lease | None  # of the directory
 
 
 def directory(recipe: Recipe) -> RunDir:
@@ -68,7 +68,7 @@ def directory(recipe: Recipe) -> RunDir:
 def open_run(loaded: Loaded, world: World) -> Run:
     """Collective. A mistake is one ForgeError on all ranks, and then no file of an earlier run has changed."""
     recipe, run_dir = loaded.recipe, directory(loaded.recipe)
-    held: list[IO[str]] = []
+    held: list[lock.Lease] = []
     world.lead(lambda: check_place(loaded))
     world.lead(lambda: held.append(own(run_dir)))
     world.lead(lambda: check_same_run(run_dir, recipe))
@@ -84,7 +84,8 @@ def open_run(loaded: Loaded, world: World) -> Run:
     rate = torch.tensor(peak.measure(world.device, DTYPES[recipe.precision.compute]), dtype=torch.float64)
     if world.control is not None:
         dist.all_reduce(rate, group=world.control)
-    world.lead(lambda: write_identity(loaded, run_dir, data, step, world, source))
+    told = world.lead(lambda: attempt.facts(run_dir))
+    world.lead(lambda: write_identity(loaded, run_dir, data, step, world, source, told))
     audience = Audience(watching)
     audience.on_start(
         RunInfo(
@@ -97,18 +98,19 @@ def open_run(loaded: Loaded, world: World) -> Run:
             first_step=step,
             recipe=plain(recipe),
             unigram_entropy=data.corpora[0].manifest.unigram_nats if len(data.corpora) == 1 else None,
+            attempt=told,
         )
     )
     return Run(recipe, run_dir, world, engine, data, store, audience, step, rate.item(), *(held or [None]))
 
 
-def own(run_dir: RunDir) -> IO[str]:
-    """The lock of a directory that no living run has. A stop that an earlier one was asked for is forgotten, but not
+def own(run_dir: RunDir) -> lock.Lease:
+    """The lease of a directory that no living run has. A stop that an earlier one was asked for is forgotten, but not
     what our own launcher was asked for since it started these processes."""
-    file = lock.take(run_dir.lock)
+    lease = lock.take(run_dir.lock)
     if "SHARDFORGE_START" not in os.environ:
         run_dir.stop.unlink(missing_ok=True)
-    return file
+    return lease
 
 
 def watchers(recipe: Recipe, run_dir: RunDir) -> list[Observer]:
@@ -195,7 +197,13 @@ def resume(store: Store, engine: Engine, data: Loader, world: World) -> int:
 
 
 def write_identity(
-    loaded: Loaded, run_dir: RunDir, data: Loader, step: int, world: World, source: Source | None
+    loaded: Loaded,
+    run_dir: RunDir,
+    data: Loader,
+    step: int,
+    world: World,
+    source: Source | None,
+    told: dict[str, Any],
 ) -> None:
     """First rank: what this run is, for people and for `shardforge train RUN_DIR/recipe.yaml`."""
     recipe = loaded.recipe
@@ -214,6 +222,7 @@ def write_identity(
         first_step=step,
         device=f"{world.size} x {name}",
         weights=start.identity(source) if source is not None else None,
+        attempt=told,
     )
     provenance.append(run_dir.provenance, entry)
     for line in summary(recipe.parallel, int(os.environ.get("LOCAL_WORLD_SIZE", world.size))) if world.size > 1 else ():

@@ -18,7 +18,20 @@ from shardforge.train.place import Place
 
 SHOWN = 8
 """Ranks described one by one; the others are only named."""
+STOPPED = "was stopped by a signal"
+LOST_CONTACT = "lost contact in"
 AGAIN = "start again: the run resumes from its last checkpoint"
+
+
+@dataclass(frozen=True)
+class Paced:
+    """Sums over the steps of a rank's life; see pace.py."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    worked: float = 0.0  # of these, outside of collectives
+    data: float = 0.0  # of these, waiting for the batch
+    rate: float = 0.0  # FLOP/s of its device at the last probe; 0 on a CPU
 
 
 @dataclass(frozen=True)
@@ -33,6 +46,8 @@ class Pulse:
     idle: float  # seconds without movement
     place: Place
     left: bool = False  # it has finished its work and said goodbye
+    node: str = ""  # as the scheduler calls it
+    pace: Paced = Paced()
 
 
 @dataclass(frozen=True)
@@ -43,6 +58,11 @@ class Standing:
     pulse: Pulse | None
     state: str = "alive"  # or "dead", "frozen"
     words: str = ""  # why it is thought to be dead or frozen
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a signal has done it, not its node."""
+        return self.words.endswith(STOPPED)
 
     @property
     def waits(self) -> bool:
@@ -92,8 +112,8 @@ class Scene:
         return next((rank for rank in order if self.ranks[rank].waits and self.absent(rank)), None)
 
 
-def standing(rank: int, before: Pulse | None, now: Pulse | None, host: str) -> Standing:
-    """A rank by two of its pulses between which a living one would have sent another."""
+def standing(rank: int, before: Pulse | None, now: Pulse | None, host: str, closed: bool = False) -> Standing:
+    """A rank by two of its pulses between which a living one would have sent another. `closed`: a connection was."""
     if now is None:
         return Standing(rank, now, "frozen", "it has never given a sign of life")
     owner = f"process {now.pid} on {now.host}"
@@ -104,7 +124,9 @@ def standing(rank: int, before: Pulse | None, now: Pulse | None, host: str) -> S
         if status is None:
             return Standing(rank, now, "dead", f"{owner} is gone")
         if status == psutil.STATUS_STOPPED:
-            return Standing(rank, now, "frozen", f"{owner} was stopped by a signal")
+            return Standing(rank, now, "frozen", f"{owner} {STOPPED}")
+    if before is not None and before.count == now.count and closed and now.host != host:
+        return Standing(rank, now, "dead", f"{owner} gives no sign of life, and a connection was closed: it is gone")
     if before is not None and before.count == now.count:
         return Standing(
             rank, now, "frozen", f"no sign of life from {owner}; its process, its node or its network hangs"
@@ -135,7 +157,7 @@ def end_frozen(ranks: Iterable[Standing], host: str) -> None:
 def verdict(scene: Scene, where: Path) -> EngineError:
     """The one error of a job in which a rank waited in vain. `where` is its run directory."""
     if scene.lost_store:
-        own = _collective(scene.layout, scene.place(scene.here))
+        own = described(scene.layout, scene.place(scene.here))
         what = f"{named(scene.layout, [scene.here])} {scene.begun} {own}\n  {scene.lost_store}"
         return EngineError(what, where, f"look for what ended that process or its node, and {AGAIN}")
     subject = scene.subject()
@@ -145,7 +167,7 @@ def verdict(scene: Scene, where: Path) -> EngineError:
     waiting = [rank for rank in scene.place(subject).members if rank not in missing]
     begun = scene.begun if scene.here in waiting else _since(scene, subject)
     lines = [
-        f"{named(scene.layout, waiting)} {begun} {_collective(scene.layout, scene.place(subject))}, "
+        f"{named(scene.layout, waiting)} {begun} {described(scene.layout, scene.place(subject))}, "
         f"for {named(scene.layout, missing)}",
         *(f"  {_told(scene, rank)}" for rank in missing[:SHOWN]),
     ]
@@ -153,14 +175,14 @@ def verdict(scene: Scene, where: Path) -> EngineError:
     if behind:
         lines.append(
             f"  {named(scene.layout, behind[:SHOWN])}{' and others' if len(behind) > SHOWN else ''} "
-            f"wait{'s' * (len(behind) == 1)} behind them in {_collective(scene.layout, scene.place(behind[0]))}"
+            f"wait{'s' * (len(behind) == 1)} behind them in {described(scene.layout, scene.place(behind[0]))}"
         )
     return EngineError("\n".join(lines), where, _fix([scene.ranks[rank] for rank in missing]))
 
 
 def _nobody(scene: Scene, where: Path) -> EngineError:
     """No rank waits in a collective, or all are in the same one."""
-    lines = [f"{named(scene.layout, [scene.here])} {scene.begun} {_collective(scene.layout, scene.place(scene.here))}"]
+    lines = [f"{named(scene.layout, [scene.here])} {scene.begun} {described(scene.layout, scene.place(scene.here))}"]
     lines += [f"  {_told(scene, rank)}" for rank in list(scene.ranks)[:SHOWN] if rank != scene.here]
     return EngineError("\n".join(lines), where, f"raise train.timeout if this may take so long, and {AGAIN}")
 
@@ -176,9 +198,9 @@ def _told(scene: Scene, rank: int) -> str:
         return f"{who} is {each.state}: {each.words}"
     assert each.pulse is not None
     if each.waits and each.rank not in scene.absent(scene.here):
-        return f"{who} is there too: for {each.pulse.idle:.0f} s in {_collective(scene.layout, each.pulse.place)}"
+        return f"{who} is there too: for {each.pulse.idle:.0f} s in {described(scene.layout, each.pulse.place)}"
     if each.waits:
-        where = _collective(scene.layout, each.pulse.place)
+        where = described(scene.layout, each.pulse.place)
         return f"{who} is in another collective: for {each.pulse.idle:.0f} s in {where}"
     return f"{who} is elsewhere: for {each.pulse.idle:.0f} s in {_elsewhere(each.pulse.place)}"
 
@@ -194,7 +216,7 @@ def _fix(missing: list[Standing]) -> str:
     return "all ranks must make the same calls in the same order: look for a branch that only some ranks take"
 
 
-def _collective(layout: Layout, place: Place) -> str:
+def described(layout: Layout, place: Place) -> str:
     """reduce_scatter over dp of block 3 in backward of step 17 (engine/native.py:66 in forward_backward)"""
     if not place.operation:
         return _elsewhere(place)

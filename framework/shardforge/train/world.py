@@ -23,6 +23,10 @@ JOINING_S = 600.0
 SHOWN = 16
 
 
+class Unmet(LaunchError):
+    """The ranks have not all come: a lost packet or a slow node, which another start may mend."""
+
+
 class FailedThere(Exception):
     """What another rank met that is no ForgeError; `trace` is its traceback. Every rank raises the same."""
 
@@ -168,12 +172,12 @@ def meet(layout: Layout, rank: int) -> dist.Store:
             store.set("all", "")
     except (dist.DistNetworkError, dist.DistStoreError) as cause:
         what = f"rank {rank} could not meet the others in {JOINING_S:.0f} s: {str(cause).splitlines()[0]}"
-        raise LaunchError(what, address, fix) from cause
+        raise Unmet(what, address, fix) from cause
     try:
         store.wait(["all"], patience)
     except (dist.DistNetworkError, dist.DistStoreError) as cause:
         missing = [each for each in range(size) if not store.check([str(each)])]
         told = ", ".join(map(str, missing[:SHOWN])) + (" and more" if len(missing) > SHOWN else "")
         what = f"{size - len(missing)} of {size} ranks came in {JOINING_S:.0f} s; missing: {told}"
-        raise LaunchError(what, address, fix) from cause
+        raise Unmet(what, address, fix) from cause
     return store

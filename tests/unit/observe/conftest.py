@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shardforge.observe.base import EvalReport, RunInfo, StepReport
+from shardforge.observe.base import EvalReport, RunInfo, Slow, StepReport
 from shardforge.observe.experts import ExpertTally
 from shardforge.observe.jsonl import MetricsFile
 
@@ -47,6 +47,12 @@ def write_mixture(make_info: Callable[..., RunInfo]) -> Callable[..., Path]:
         return folder / "metrics.jsonl"
 
     return write
+
+
+@pytest.fixture
+def late() -> Slow:
+    """A rank whose own work takes twice as long."""
+    return Slow(5, "dp1", "node3", "work", 1.5, 0.75)
 
 
 @pytest.fixture

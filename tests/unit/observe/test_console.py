@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from shardforge.observe.base import EvalReport
 from shardforge.observe.console import HEADER, Console, introduction
@@ -49,6 +52,52 @@ def test_without_a_peak_the_line_says_flops(make_info, make_report):
 def test_the_start_says_what_runs_where(make_info):
     line = printed([], make_info(first_step=4))[0]
     assert line.startswith("first: 8.00M weights, layout dp2 on 2 processes, steps 5 to 10 in ")
+
+
+@pytest.mark.parametrize(
+    ("attempt", "told"),
+    [
+        ({"job": "123", "restart": 2, "reason": "walltime"}, "job 123, restart 2, because: walltime"),
+        ({"job": "123", "restart": 0, "reason": "first"}, "job 123"),
+        ({"reason": "SIGTERM"}, "because: SIGTERM"),
+    ],
+)
+def test_a_restart_says_of_which_job_and_why(make_info, attempt, told):
+    assert printed([], make_info(attempt=attempt))[1:] == [told]
+
+
+def test_a_first_start_at_home_has_one_line(make_info):
+    assert len(printed([], make_info())) == 1
+
+
+def slow_lines(reports, info) -> list[str]:
+    return [line for line in printed(reports, info) if line.startswith("slow: ")]
+
+
+@pytest.mark.parametrize(
+    ("measure", "value", "usual", "told"),
+    [
+        ("work", 1.5, 0.75, "1.5 s of own work a step, others 750 ms"),
+        ("data", 1.5, 0.75, "1.5 s of waiting for data a step, others 750 ms"),
+        ("device", 3.1e14, 6.4e14, "its device reaches 310T FLOP/s, others 640T"),
+    ],
+)
+def test_a_slow_rank_is_told_with_its_node_and_what_it_lacks(make_info, make_report, late, measure, value, usual, told):
+    slow = replace(late, measure=measure, value=value, usual=usual)
+    (line,) = slow_lines([make_report(1, slow=(slow,))], make_info())
+    assert line.startswith("slow: rank 5 (dp1) on node3: ") and line.endswith(told), line
+
+
+def test_a_rank_that_stays_slow_is_told_once(make_info, make_report, late):
+    other = replace(late, rank=6)
+    reports = [make_report(1, slow=(late,)), make_report(2, slow=(late,)), make_report(3, slow=(late, other))]
+    assert [line.split()[2] for line in slow_lines(reports, make_info())] == ["5", "5", "6"]
+
+
+def test_of_many_slow_ranks_a_few_are_named(make_info, make_report, late):
+    many = tuple(replace(late, rank=rank) for rank in range(100))
+    lines = slow_lines([make_report(1, slow=many)], make_info())
+    assert len(lines) < 12 and lines[-1] == "slow: and 92 more ranks"
 
 
 def test_events_between_steps_have_their_lines(make_info):

@@ -151,6 +151,48 @@ def test_replayed_events_equal_the_first_ones(tmp_path: Path, make_info, make_re
     assert again.told == told.told
 
 
+def test_replayed_slow_ranks_equal_the_recorded_ones(tmp_path: Path, make_info, make_report, late):
+    file, again = MetricsFile(tmp_path / "metrics.jsonl"), Recorder()
+    file.on_start(make_info())
+    file.on_step(make_report(1, slow=(late,)))
+    file.on_step(make_report(2))
+    for event in Tail(tmp_path / "metrics.jsonl").new():
+        replay(event, again, tmp_path)
+    file.on_end("finished")
+    assert [report.slow for report in again.told[1:]] == [(late,), ()]
+
+
+def test_only_steps_with_a_slow_rank_say_so(tmp_path: Path, make_info, make_report, late):
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.on_start(make_info())
+    file.on_step(make_report(1))
+    file.on_step(make_report(2, slow=(late,)))
+    file.on_end("finished")
+    steps = [event for event in Tail(tmp_path / "metrics.jsonl").new() if event["event"] == "step"]
+    assert [event.get("slow") for event in steps] == [None, [vars(late)]]
+
+
+RESTART = {"job": "123", "restart": 2, "reason": "node2 went down"}
+
+
+def test_a_start_says_which_restart_it_is_and_why(tmp_path: Path, write_life, make_info):
+    again = Recorder()
+    path = write_life(tmp_path, [1], attempt=RESTART)
+    for event in Tail(path).new():
+        replay(event, again, tmp_path)
+    assert again.told[0].attempt == RESTART and read(path).starts[0].attempt == RESTART
+
+
+def test_a_start_of_an_older_version_says_nothing_of_it(tmp_path: Path, write_life):
+    path, again = write_life(tmp_path, [1]), Recorder()
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    del events[0]["attempt"]
+    path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    for event in Tail(path).new():
+        replay(event, again, tmp_path)
+    assert again.told[0].attempt == {} and read(path).steps == [1]
+
+
 def test_missing_metrics_name_the_folder(tmp_path: Path):
     with pytest.raises(DataError) as caught:
         read(tmp_path / "metrics.jsonl")

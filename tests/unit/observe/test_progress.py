@@ -46,6 +46,20 @@ def shown(observer: Progress) -> str:
     return out.getvalue()
 
 
+def test_slow_ranks_are_shown_as_long_as_they_are_news(live, make_info, make_report, late):
+    live.on_start(make_info())
+    live.on_step(make_report(4, slow=(late,)))
+    live.on_step(make_report(5))
+    assert str(late) in shown(live)
+    live._clock.now += progress.SLOW_S
+    assert str(late) not in shown(live)
+
+
+def test_a_restart_shows_of_which_job_and_why(live, make_info):
+    live.on_start(make_info(attempt={"job": "123", "restart": 2, "reason": "walltime"}))
+    assert "job 123, restart 2, because: walltime" in shown(live)
+
+
 def test_the_display_says_every_number(live, make_info, make_report):
     live.on_start(make_info())
     live.on_step(make_report(4))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from collections.abc import Callable
 
@@ -11,8 +12,9 @@ from shardforge.core.errors import CheckpointError, DataError
 from shardforge.core.layout import Layout
 from shardforge.core.rundir import RunDir
 from shardforge.train import guard
+from shardforge.train.failure import Failure
 from shardforge.train.lock import Occupied
-from shardforge.train.world import FailedThere
+from shardforge.train.world import FailedThere, Unmet
 
 DP2 = Layout(dp_shard=2)
 MISTAKE = DataError("it is wrong", "here", "mend it")
@@ -91,14 +93,15 @@ class Neighbours:
     """Stands for the pulses of the other ranks."""
 
     def __init__(self, known: str | None):
-        self.known, self.seen, self.told = known, [], []
+        self.known = None if known is None else Failure(text=known)
+        self.seen, self.told = [], []
 
-    def lost(self, error: BaseException) -> str | None:
+    def lost(self, error: BaseException) -> Failure | None:
         self.seen.append(str(error))
         return self.known
 
-    def tell(self, code: int, text: str) -> None:
-        self.told.append((code, text))
+    def tell(self, failure: Failure) -> None:
+        self.told.append(failure.code)
 
 
 def fail_before(run_dir: RunDir, neighbours: Neighbours, error: BaseException) -> int:
@@ -138,7 +141,7 @@ def test_a_lost_rank_is_known_also_behind_an_error_of_ours(run_dir, rank, capsys
 def test_whatever_ends_a_rank_is_told_to_the_others(run_dir, error, code):
     neighbours = Neighbours(None)
     fail_before(run_dir, neighbours, error)
-    assert [each for each, _ in neighbours.told] == [code]
+    assert neighbours.told == [code]
 
 
 def test_a_living_run_of_another_start_is_told_to_nobody(run_dir):
@@ -186,6 +189,59 @@ def test_the_record_says_who_and_what(run_dir, rank):
     fail(run_dir, MISTAKE)
     said = json.loads(run_dir.failure.read_text())
     assert (said["rank"], said["pid"], said["message"]) == (1, os.getpid(), f"error: {MISTAKE}")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "cause"),
+    [
+        (MISTAKE, 2, "mistake"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (ValueError("a bug"), 1, "error"),
+        (RuntimeError("[gloo] Connection closed by peer [10.0.0.1]"), 1, "lost"),
+        (Unmet("3 of 4 ranks came in 600 s", "host:1", "look"), 1, "lost"),
+    ],
+    ids=["mistake", "^C", "bug", "lost rank", "ranks that do not meet"],
+)
+def test_the_record_has_the_exit_code_and_the_cause(run_dir, error, code, cause):
+    assert fail(run_dir, error) == code
+    said = json.loads(run_dir.failure.read_text())
+    assert (said["code"], said["cause"], said["step"], said["host"]) == (code, cause, None, socket.gethostname())
+
+
+@pytest.mark.parametrize(
+    ("text", "node"), [("a bug", None), ("CUDA error: uncorrectable ECC error encountered", "node7")]
+)
+def test_an_error_blames_its_rank_and_broken_hardware_the_node_as_well(run_dir, rank, monkeypatch, text, node):
+    rank(1)
+    monkeypatch.setenv("SLURMD_NODENAME", "node7")
+    fail(run_dir, RuntimeError(text))
+    said = json.loads(run_dir.failure.read_text())
+    assert said["blamed"] == [{"rank": 1, "node": "node7", "state": "failed"}] and said["node"] == node
+
+
+def test_the_page_begins_with_what_was_said(run_dir, rank):
+    rank(0)
+    guard.speak(run_dir, Failure(text="error: rank 1 is dead", page="\nrank  node\n"))
+    assert run_dir.verdict.read_text() == "error: rank 1 is dead\n\nrank  node\n"
+
+
+def test_a_start_has_the_name_that_its_launcher_gave_it(rank, monkeypatch):
+    rank(0, "12.0.1")
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    assert guard.start_id() == "12.0.1"
+
+
+def test_ranks_that_an_agent_starts_anew_are_another_start(rank, monkeypatch):
+    rank(0, "12.0.1")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert guard.start_id() == "12.0.1-1"
+
+
+def test_the_launcher_is_told_who_has_the_directory(run_dir, rank):
+    rank(0, "12.0.1")
+    run_dir.launch.mkdir(parents=True)
+    fail(run_dir, Occupied("a run is alive", "here", "11.0.1"))
+    assert json.loads(run_dir.occupied("12.0.1").read_text()) == {"start": "12.0.1", "owner": "11.0.1"}
 
 
 @pytest.mark.parametrize(("number", "voices"), [(0, 1), (1, 0)])

@@ -14,8 +14,10 @@ from shardforge.core.errors import EngineError
 from shardforge.core.rundir import RunDir
 from shardforge.engine.base import Losses, UpdateStats
 from shardforge.observe.audience import Audience
+from shardforge.observe.base import Slow
 from shardforge.observe.experts import ExpertTally
 from shardforge.train.loop import train
+from shardforge.train.pace import Pace
 from shardforge.train.run import Run
 from shardforge.train.world import World
 from tests.tiny import tiny
@@ -167,6 +169,53 @@ def test_a_stop_file_is_gone_after_the_stop(run, tmp_path):
     events.before = lambda step: (tmp_path / "STOP").touch() if step == 1 else None
     assert train(made) == "stopped"
     assert not (tmp_path / "STOP").exists()
+
+
+def test_the_text_of_a_stop_file_is_the_reason_that_the_verdict_gives(run, tmp_path):
+    made, events = run(steps=5)
+    events.before = lambda step: (tmp_path / "STOP").write_text("walltime\n") if step == 1 else None
+    assert train(made) == "stopped"
+    assert json.loads((tmp_path / "stopped.json").read_text())["reason"] == "walltime"
+
+
+def test_a_wish_that_was_not_the_reason_is_left_for_the_launcher(run, tmp_path):
+    made, events = run(steps=5)
+
+    def ask(step: int) -> None:
+        if step == 1:
+            signal.raise_signal(signal.SIGTERM)
+            (tmp_path / "STOP").write_text("asked by me")
+
+    events.before = ask
+    assert train(made) == "stopped"
+    assert (tmp_path / "STOP").read_text() == "asked by me"
+
+
+def test_the_launcher_that_named_a_start_finds_its_name_in_the_verdict(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("SHARDFORGE_START", "12.0.1")
+    monkeypatch.setenv("RANK", "0")
+    made, _ = run(steps=1)
+    train(made)
+    assert json.loads((tmp_path / "stopped.json").read_text())["start"] == "12.0.1"
+
+
+def test_slow_ranks_are_told_once(run):
+    made, events = run(steps=3)
+    slow, pace, told = Slow(1, "dp1", "node2", "work", 2.0, 1.0), Pace(), []
+    events.on_step = lambda report: told.append(report.slow)
+    events.before = lambda step: setattr(pace, "slow", (slow,)) if step == 1 else None
+    train(made, pace)
+    assert told == [(), (slow,), ()]
+
+
+def test_the_own_time_of_a_step_has_no_save_and_no_report_in_it(run):
+    made, events = run(steps=4, every=1)
+    clock, pace = [0.0], Pace(lambda: clock[0])
+    events.before = lambda step: clock.append(clock.pop() + 2.0)
+    events.on_step = lambda report: clock.append(clock.pop() + 100.0)
+    made.store = SimpleNamespace(save=lambda *state: clock.append(clock.pop() + 50.0) or 0.0, close=lambda: None)
+    train(made, pace)
+    assert (pace.sums.steps, pace.sums.seconds) == (4, 8.0)
 
 
 def test_the_verdict_is_written_after_the_last_save_is_on_disk(run, tmp_path):

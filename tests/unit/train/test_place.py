@@ -3,6 +3,7 @@ from __future__ import annotations
 import _thread
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -85,6 +86,29 @@ def waiting_for_a_message() -> Place:
     dist.barrier()
     thread.join()
     return found
+
+
+def before_and_in_a_collective() -> tuple[bool, bool]:
+    """On rank 0: whether a thread is in one while it waits for a word, and while it waits for rank 1."""
+    group, let_go = dist.new_group([0, 1]), threading.Event()
+    if dist.get_rank() == 1:
+        dist.recv(torch.zeros(1), 0)
+        collectives.all_sum(torch.ones(3), group)
+        return False, True
+    thread = threading.Thread(target=lambda: (let_go.wait(), collectives.all_sum(torch.ones(3), group)))
+    thread.start()
+    before = place.in_collective(thread.ident)
+    let_go.set()
+    deadline = time.monotonic() + LATE_S
+    while not (found := place.in_collective(thread.ident)) and time.monotonic() < deadline:
+        pass
+    dist.send(torch.zeros(1), 1)
+    thread.join()
+    return before, found
+
+
+def test_a_thread_is_in_a_collective_while_it_waits_there_and_not_before(ranks):
+    assert ranks(2).run(before_and_in_a_collective) == [(False, True)] * 2
 
 
 def test_a_thread_in_a_collective_is_told_by_operation_group_and_line(ranks):

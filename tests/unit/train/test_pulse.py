@@ -13,11 +13,13 @@ import torch.distributed as dist
 
 from shardforge.core.layout import Layout
 from shardforge.core.rundir import RunDir
+from shardforge.observe.base import Slow
 from shardforge.train import guard, pulse
 from shardforge.train.board import Board, Unreachable
+from shardforge.train.failure import Failure
 from shardforge.train.place import Place, ranges
 from shardforge.train.pulse import Heart
-from shardforge.train.verdict import Scene, Standing
+from shardforge.train.verdict import Paced, Scene, Standing
 
 DP2 = Layout(dp_shard=2)
 WAITING = Place("all_reduce", "mesh_dp_shard", ranges((0, 1)), line="optim/clip.py:44 in global_norm")
@@ -196,14 +198,14 @@ def test_a_thread_that_moved_after_all_is_left_alone(hearts, leaving, monkeypatc
 
 def test_a_rank_that_failed_tells_the_others_its_code(hearts, leaving):
     failed, other = hearts(1), hearts(0)
-    failed.tell(2, "error: it is wrong")
+    failed.tell(Failure(text="error: it is wrong", code=2))
     with pytest.raises(Left, match="2"):
         other._listen()
 
 
 def test_what_a_rank_could_not_write_down_the_first_one_says(hearts, leaving, capsys):
     failed, first = hearts(1), hearts(0)
-    failed.tell(2, "error: it is wrong")
+    failed.tell(Failure(text="error: it is wrong", code=2))
     with pytest.raises(Left):
         first._listen()
     assert capsys.readouterr().err == "error: it is wrong\n"
@@ -214,19 +216,92 @@ def test_a_collective_that_failed_is_told_as_it_was(hearts, monkeypatch):
     stands(second, 3.0, Place(line="data/loader.py:131 in batch"))
     monkeypatch.setattr(pulse, "place", lambda stack: WAITING)
     told = first.lost(RuntimeError("Connection closed by peer"))
-    assert "rank 0 (dp0) lost contact in all_reduce over dp at optim/clip.py:44" in told
+    assert "rank 0 (dp0) lost contact in all_reduce over dp at optim/clip.py:44" in told.text
 
 
 def test_nothing_is_told_of_a_collective_when_another_rank_has_spoken(hearts):
     first, second = hearts(0), hearts(1)
     assert second._takes_turn()
-    second.tell(1, "error: ...")
-    assert first.lost(RuntimeError("Connection closed by peer")) == ""
+    second.tell(Failure(text="error: ..."))
+    assert first.lost(RuntimeError("Connection closed by peer")).text == ""
+
+
+def asks(heart: Heart) -> None:
+    heart._ask(lambda store: store.set("look", "0.1"))
+
+
+def test_a_rank_that_is_asked_for_its_stacks_shows_them_once(hearts, monkeypatch):
+    first, second = hearts(0), hearts(1)
+    told = iter(["in a", "never"])
+    monkeypatch.setattr(second, "_stacks", lambda: next(told))
+    monkeypatch.setattr(first, "_stacks", lambda: "in b")
+    second._show()
+    assert first._all_stacks() == {0: "in b"}
+    asks(first)
+    second._show()
+    second._show()
+    assert first._all_stacks() == {0: "in b", 1: "in a"}
+
+
+def test_equal_stacks_are_kept_once(hearts, monkeypatch, store):
+    first, second = hearts(0), hearts(1)
+    monkeypatch.setattr(Heart, "_stacks", lambda heart: "in a")
+    asks(first)
+    before = store.num_keys()
+    second._show()
+    after_one = store.num_keys()
+    first._show()
+    assert (after_one - before, store.num_keys() - after_one) == (2, 1)
+
+
+def test_the_page_of_a_verdict_has_the_stacks_of_all_ranks(hearts, leaving, monkeypatch):
+    first, second = hearts(0), hearts(1)
+    stands(first, 601.0)
+    stands(second, 601.0, Place(line="data/loader.py:131 in batch"))
+    for heart, text in ((first, "in all_reduce"), (second, "in batch")):
+        monkeypatch.setattr(heart, "_stacks", lambda text=text: text)
+    monkeypatch.setattr(Heart, "_pause", lambda heart, seconds: (second._publish(), second._show()))
+    with pytest.raises(Left):
+        first._conclude()
+    page = first.run_dir.verdict.read_text()
+    assert "stack of rank 1 (dp1)\nin batch\n" in page and "stack of rank 0 (dp0)\nin all_reduce\n" in page
+
+
+def test_without_the_store_only_the_own_stacks_are_known(hearts, monkeypatch):
+    heart = hearts(0)
+    monkeypatch.setattr(heart, "_stacks", lambda: "in a")
+    with pytest.raises(Unreachable):
+        heart.board.ask(gone, LATE_S)
+    assert heart._all_stacks() == {0: "in a"}
+
+
+def steps(heart: Heart, count: int, worked: float) -> None:
+    heart.pace.sums = Paced(count, 2.0 * count, worked * count)
+    heart._publish()
+
+
+def test_the_first_rank_compares_all_when_it_is_time(hearts, monkeypatch):
+    monkeypatch.setenv("SLURMD_NODENAME", "node7")
+    first, second = hearts(0), hearts(1)
+    monkeypatch.setattr(first.review, "due", lambda: True)
+    for count in (10, 20):
+        steps(first, count, 0.5)
+        steps(second, count, 1.5)
+        first._review()
+    assert first.pace.take() == (Slow(1, "dp1", "node7", "work", 1.5, 0.5),)
+
+
+@pytest.mark.parametrize(("rank", "due"), [(0, False), (1, True)])
+def test_nobody_else_does_and_not_before(hearts, monkeypatch, rank, due):
+    heart = hearts(rank)
+    monkeypatch.setattr(heart.review, "due", lambda: due)
+    monkeypatch.setattr(heart, "_read", lambda: pytest.fail("read the pulses of all ranks"))
+    heart._review()
 
 
 def test_a_heart_that_never_began_to_beat_knows_nothing(tmp_path):
     heart = Heart(RunDir(tmp_path), Layout(), 600)
-    heart.tell(1, "")
+    heart.tell(Failure(text="error: ..."))
     heart.stop()
     assert heart.lost(RuntimeError()) is None
 

@@ -177,6 +177,11 @@ def test_a_rank_of_another_machine_is_frozen_when_its_pulse_stands():
     assert standing(3, pulse(3), pulse(3), "near").state == "frozen"
 
 
+def test_a_rank_of_another_machine_that_closed_a_connection_is_dead_and_its_node_is_not():
+    found = standing(3, pulse(3), pulse(3), "near", closed=True)
+    assert (found.state, "a connection was closed" in found.words) == ("dead", True)
+
+
 def test_a_rank_that_said_goodbye_is_gone_and_not_frozen():
     found = standing(3, pulse(3), replace(pulse(3), left=True), "near")
     assert (found.state, "has finished" in found.words) == ("dead", True)
