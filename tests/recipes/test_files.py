@@ -12,7 +12,8 @@ from shardforge.recipe.load import load, load_model, shipped
 from shardforge.recipe.sweep import load_sweep
 
 FOLDER = shipped()
-FILES = sorted(FOLDER.rglob("*.yaml"))
+CLUSTERS = sorted((FOLDER / "clusters").glob("*.yaml"))
+FILES = sorted({*FOLDER.rglob("*.yaml")} - {*CLUSTERS})  # profiles are tested where they are read
 MODELS, RUNS, BASES, SWEEPS = (sorted((FOLDER / name).glob("*.yaml")) for name in ("models", "runs", "base", "sweeps"))
 
 
@@ -56,7 +57,7 @@ def test_a_file_begins_by_saying_what_it_is(file: Path):
     assert file.read_text().startswith("# ")
 
 
-@named([*MODELS, *RUNS, *SWEEPS])
+@named([*MODELS, *RUNS, *SWEEPS, *CLUSTERS])
 def test_the_readme_lists_it(file: Path):
     assert f"`{file.stem}`" in (FOLDER / "README.md").read_text()
 

@@ -20,6 +20,8 @@ STAND_INS: Mapping[str, Any] = {
     "train": {"steps": 1, "sequences": 1, "seq_len": 4096},
 }
 """Sections that a run needs and a model does not."""
+PROFILES = "clusters"
+"""The folder beside recipes that describes machines; `shardforge launch --cluster` reads it."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def shipped() -> Path:
 
 def names(folder: Path) -> dict[str, Path]:
     """Every way to name a recipe below `folder` -> its file: "first", and "runs/first" where two are called first."""
-    files = sorted(folder.rglob("*.yaml"))
+    files = [file for file in sorted(folder.rglob("*.yaml")) if PROFILES not in file.relative_to(folder).parts[:-1]]
     stems = [file.stem for file in files]
     full = {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
     return full | {file.stem: file for file in files if stems.count(file.stem) == 1}

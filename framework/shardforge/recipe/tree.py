@@ -219,13 +219,13 @@ def merge(low: Node, high: Node) -> Node:
     return Node(out, high.origin, {**low.keys, **high.keys})
 
 
-def override(tree: Node, text: str) -> Node:
-    """The tree with one `a.b=value` of the command line in it; items of a list are numbered from 0."""
-    at = Origin(f"--set {text}")
+def override(tree: Node, text: str, flag: str = "--set") -> Node:
+    """The tree with one `a.b=value` of the command line in it, given by `flag`; items of a list count from 0."""
+    at = Origin(f"{flag} {text}")
     path, equals, raw = text.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
-        raise RecipeError("this sets nothing", at, "write --set section.field=value")
+        raise RecipeError("this sets nothing", at, f"write {flag} section.field=value")
     problems: list[RecipeError] = []
     value = _Walk(problems, str(at), fixed=at).text(raw) if raw.strip() else Node(None, at)
     if problems:

@@ -23,8 +23,8 @@ SCONTROL = (
     "RunTime=00:00:02 TimeLimit=00:10:00 TimeMin=N/A SubmitTime=2026-11-22T21:04:34 EligibleTime=2026-11-22T21:04:34 "
     "StartTime=2026-11-22T21:04:35 EndTime=2026-11-22T21:14:35 PreemptTime=2026-11-22T21:10:00 "
     "Scheduler=Main Partition=main AllocNode:Sid=head:0 ReqNodeList=(null) ExcNodeList=node4 NodeList=node[1-2] "
-    "BatchHost=node1 NumNodes=2 CPUs/Task=1 ReqB:S:C:T=0:0:*:* TRES=cpu=2,node=2,billing=2 Command=/tmp/S/j.sbatch a b "
-    "WorkDir=/tmp/S Comment=hello world x=1  StdErr=/tmp/S/2.out StdIn=/dev/null StdOut=/tmp/S/2.out Power= \n"
+    "BatchHost=node1 NumNodes=2 CPUs/Task=1 ReqB:S:C:T=0:0:*:* TRES=cpu=2,node=2,billing=2 Command=/runs/S/j.sbatch a b "
+    "WorkDir=/runs/S Comment=hello world x=1  StdErr=/runs/S/2.out StdIn=/dev/null StdOut=/runs/S/2.out Power= \n"
 )
 FORGOTTEN = ("", "slurm_load_jobs error: Invalid job id specified", 1)
 

@@ -132,7 +132,7 @@ def test_scontrol_is_parsed_with_spaces_in_values(slurm):
     assert picked == {
         "JobState": "RUNNING",
         "Restarts": "1",
-        "Command": "/tmp/S/j.sbatch a b",
+        "Command": "/runs/S/j.sbatch a b",
         "Comment": "hello world x=1",
         "TRES": "cpu=2,node=2,billing=2",
         "CPUs/Task": "1",
