@@ -10,7 +10,7 @@ threads := OMP_NUM_THREADS=1
 described := pyproject.toml tools/dev/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help pretrain test test-large verify-all check lint wheel clean
+.PHONY: help pretrain test test-slurm test-large verify-all check lint wheel clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -19,7 +19,10 @@ pretrain: .venv/.stamp-run ## train a small model on two processes: data, stop, 
 	@$(venv) tools/pretrain.py
 
 test: .venv/.stamp-test ## every test that needs no GPU; TESTS=tests/repo runs one group
-	@$(threads) $(venv) -m pytest -m "not gpu and not full and not large" --durations=15 $(TESTS)
+	@$(threads) $(venv) -m pytest -m "not gpu and not full and not large and not slurm" --durations=15 $(TESTS)
+
+test-slurm: .venv/.stamp-test ## what needs a Slurm cluster, brought up here; tools/ci/install_slurm.sh installs it
+	@$(threads) $(venv) -m pytest -m slurm -o timeout=1200 --durations=15 tests/slurm
 
 test-large: .venv/.stamp-test ## what needs tens of GB of disk: 8 GB converted under a limit of 2 GB of memory
 	@$(threads) $(venv) -m pytest -m large $(TESTS)
